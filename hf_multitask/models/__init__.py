@@ -1,0 +1,1 @@
+"""Modelling code: tasks, heads and sharing schemes. It imports nothing else of the package."""

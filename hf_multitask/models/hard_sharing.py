@@ -1,0 +1,72 @@
+"""Hard sharing (Caruana 1997): one encoder for all tasks, one head per task."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .base import MultiTaskConfig, MultiTaskModel
+
+__all__ = ["HardSharingConfig", "HardSharingModel"]
+
+
+class HardSharingConfig(MultiTaskConfig):
+    """Configuration of a [`HardSharingModel`]; see [`MultiTaskConfig`] for its fields."""
+
+    model_type = "hf_multitask_hard_sharing"
+
+
+class HardSharingModel(MultiTaskModel):
+    """One backbone whose parameters all tasks train, and a head of its own for each task.
+
+    The scheme to begin with: it costs one encoder pass however many tasks read the same rows, and the parameters of
+    one model plus small heads. It fits related tasks of similar size; where gradients conflict, other schemes part
+    the ways.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> config = HardSharingConfig(
+        ...     backbone_config=BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+        ...     tasks=[{"name": "score", "type": "regression"}],
+        ... )
+        >>> import torch
+        >>> HardSharingModel(config)(input_ids=torch.tensor([[1, 2, 3]])).logits["score"].shape
+        torch.Size([1, 1])
+    """
+
+    config_class = HardSharingConfig
+
+    def __init__(self, config: HardSharingConfig, backbone: PreTrainedModel | None = None) -> None:
+        """Build the backbone and the heads."""
+        super().__init__(config, backbone)
+        accepted = inspect.signature(self.backbone.forward).parameters
+        # Some backbones (DistilBERT, most decoders) take no token_type_ids; passing them on would raise.
+        self._accepts_token_types = "token_type_ids" in accepted
+        self.post_init()
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Run the backbone on some rows; `task_ids` is not read."""
+        if not self._accepts_token_types:
+            kwargs.pop("token_type_ids", None)
+        if input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        return self.backbone(attention_mask=attention_mask, return_dict=True, **kwargs)
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the backbone's trainable parameters."""
+        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
+
+    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the trainable parameters of one task's head."""
+        return (parameter for parameter in self._head(name).parameters() if parameter.requires_grad)

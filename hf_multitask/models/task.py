@@ -1,0 +1,242 @@
+"""What a task is: its name, its type, its labels and where its rows come from.
+
+A [`Task`] is a plain description. It holds no weights and no data, it is written into a model's `config.json`
+and read back from there, and every other part of the package asks it instead of guessing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Task", "TaskType", "check_tasks", "closest"]
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+# Device names that Windows refuses as a file name, whatever the extension.
+_RESERVED_FILE_NAMES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))]
+)
+
+
+class TaskType(str, Enum):
+    """Types of tasks, by Hugging Face's names."""
+
+    SINGLE_LABEL_CLASSIFICATION = "single_label_classification"
+    MULTI_LABEL_CLASSIFICATION = "multi_label_classification"
+    REGRESSION = "regression"
+    TOKEN_CLASSIFICATION = "token_classification"
+
+    def __str__(self) -> str:
+        """Return the plain name, so that messages and JSON show `regression`."""
+        return self.value
+
+
+_DEFAULT_TEXT_COLUMNS = {TaskType.TOKEN_CLASSIFICATION: ("tokens",)}
+_DEFAULT_LABEL_COLUMN = {TaskType.TOKEN_CLASSIFICATION: "tags", TaskType.MULTI_LABEL_CLASSIFICATION: "labels"}
+_POOLINGS = ("mean", "first", "last")
+_HEADS = ("mlp", "linear")
+
+
+def closest(name: object, known: Iterable[str]) -> str:
+    """Return ", did you mean 'x'?" for the known name nearest to a misspelt one, or an empty string."""
+    matches = get_close_matches(str(name), list(known), n=1)
+    return f", did you mean {matches[0]!r}?" if matches else ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to predict.
+
+    Args:
+        name: Letters, digits, `_` and `-`, at most 64 characters. It becomes a module name, a metric name and a
+            file name.
+        type: A [`TaskType`] or its name.
+        labels: The names of the labels, in the order of their ids. Required for all types of classification; for
+            `regression` the names of several target values (default: one nameless value).
+        dataset: The name of the dataset that feeds the task (default: the task's name). Tasks that name the same
+            dataset and the same text columns are trained on the same rows with one pass of the encoder.
+        text_columns: One column, or two for pairs of texts (default: `text`, or `tokens` for
+            `token_classification`). A column may hold strings or lists of words.
+        label_column: The column of the labels (default: `label`; `tags` for `token_classification`, `labels` for
+            `multi_label_classification`).
+        weight: Factor of the task's loss, at least 0 (default: 1.0, or 0.1 for an auxiliary task).
+        auxiliary: The task is trained only to help others: it counts in no average and is not predicted.
+        pooling: How a text becomes one vector: `mean` over its real tokens, `first` or `last` real token (default:
+            the model's). Not used for `token_classification`.
+        head: `mlp` (dropout, linear to half the width, GELU, linear) or `linear` (dropout, one linear layer).
+        head_dropout: Dropout in front of the head, in [0, 1) (default: the model's `head_dropout`).
+        label_smoothing: Weight of the uniform distribution in the target of a cross-entropy, in [0, 1).
+        max_length: Longest input in tokens, special tokens included (default: the training argument's).
+        metric: The task's primary metric, one of those that are computed for it (default: by type, see
+            [`hf_multitask.metrics`]).
+
+    Raises:
+        ValueError: An argument does not fit; the message names the task, the argument and what is allowed.
+
+    Example:
+        >>> Task("topic", "single_label_classification", labels=["sport", "politics"], label_column="topic").weight
+        1.0
+    """
+
+    name: str
+    type: TaskType
+    labels: tuple[str, ...] | None = None
+    dataset: str | None = None
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    weight: float | None = None
+    auxiliary: bool = False
+    pooling: str | None = None
+    head: str = "mlp"
+    head_dropout: float | None = None
+    label_smoothing: float = 0.0
+    max_length: int | None = None
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults that depend on the type and check every field."""
+        _check_name(self.name)
+        try:
+            task_type = TaskType(self.type)
+        except ValueError:
+            known = [t.value for t in TaskType]
+            raise ValueError(
+                f"task {self.name!r}: type {self.type!r} is not known{closest(self.type, known)}; "
+                f"types are {', '.join(known)}"
+            ) from None
+        text_columns = (self.text_columns,) if isinstance(self.text_columns, str) else self.text_columns
+        self._set("type", task_type)
+        self._set("labels", None if self.labels is None else self._check_labels(self.labels))
+        self._set("dataset", self.name if self.dataset is None else self.dataset)
+        self._set("text_columns", tuple(text_columns or _DEFAULT_TEXT_COLUMNS.get(task_type, ("text",))))
+        self._set("label_column", self.label_column or _DEFAULT_LABEL_COLUMN.get(task_type, "label"))
+        self._set("weight", self.weight if self.weight is not None else (0.1 if self.auxiliary else 1.0))
+        self._check_options()
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)
+
+    def _fail(self, what: str) -> ValueError:
+        return ValueError(f"task {self.name!r}: {what}")
+
+    def _check_labels(self, labels: Sequence[str]) -> tuple[str, ...]:
+        if isinstance(labels, str):
+            raise self._fail(f"labels must be a list of names, got the string {labels!r}")
+        labels = tuple(labels)
+        for label in labels:
+            if not isinstance(label, str) or not label:
+                raise self._fail(f"label {label!r} is not a non-empty string; in YAML, put it in quotes")
+        repeated = sorted({label for label in labels if labels.count(label) > 1}) if len(labels) < 5000 else []
+        if repeated or len(set(labels)) != len(labels):
+            raise self._fail(f"labels appear more than once: {', '.join(map(repr, repeated)) or 'several'}")
+        return labels
+
+    def _check_options(self) -> None:
+        if self.is_classification:
+            fewest = 2 if self.type is TaskType.SINGLE_LABEL_CLASSIFICATION else 1
+            if not self.labels or len(self.labels) < fewest:
+                raise self._fail(f"{self.type} needs labels=[...], at least {fewest}, got {self.labels!r}")
+        elif self.labels == ():
+            raise self._fail("labels is empty; leave it out for one value")
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise self._fail(f"dataset must be a name, got {self.dataset!r}")
+        assert self.text_columns is not None
+        if len(self.text_columns) > 2 or not all(isinstance(c, str) and c for c in self.text_columns):
+            raise self._fail(f"text_columns must name one column, or two for pairs, got {self.text_columns!r}")
+        if self.label_column in self.text_columns:
+            raise self._fail(f"column {self.label_column!r} cannot be the text and the label at once")
+        if self.type is TaskType.TOKEN_CLASSIFICATION and len(self.text_columns) != 1:
+            raise self._fail("token_classification takes one text column, not a pair")
+        weight = self.weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise self._fail(f"weight must be a finite number of at least 0, got {weight!r}")
+        if self.pooling not in (None, *_POOLINGS):
+            raise self._fail(f"pooling {self.pooling!r} is not one of {', '.join(_POOLINGS)}")
+        if self.head not in _HEADS:
+            raise self._fail(f"head {self.head!r} is not one of {', '.join(_HEADS)}")
+        for field in ("head_dropout", "label_smoothing"):
+            value = getattr(self, field)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise self._fail(f"{field} must lie in [0, 1), got {value!r}")
+        if self.label_smoothing and self.type not in (
+            TaskType.SINGLE_LABEL_CLASSIFICATION,
+            TaskType.TOKEN_CLASSIFICATION,
+        ):
+            raise self._fail(f"label_smoothing is for losses with a softmax, not for {self.type}")
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 1):
+            raise self._fail(f"max_length must be a positive whole number, got {self.max_length!r}")
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the task predicts labels rather than numbers."""
+        return self.type is not TaskType.REGRESSION
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of output units of the head: one per label, or per value of a regression."""
+        return len(self.labels) if self.labels else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types, for a configuration."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["type"] = self.type.value
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Task:
+        """Make a task from a dictionary of its fields.
+
+        Raises:
+            ValueError: A key is unknown (the closest known one is named) or a value does not fit.
+        """
+        name = values.get("name")
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"task {name!r}: unknown key {key!r}{closest(key, known)}; keys are {', '.join(known)}")
+        for key in ("name", "type"):
+            if key not in values:
+                raise ValueError(f"task {name!r}: key {key!r} is missing")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _check_name(name: object) -> None:
+    rule = "a task name is made of letters, digits, '_' and '-', starts with no '-' and has at most 64 characters"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"task name {name!r} cannot be a module and file name: {rule}")
+    if hasattr(nn.ModuleDict, name) or name == "training":
+        raise ValueError(f"task name {name!r} is taken by torch.nn.ModuleDict, which holds the heads; choose another")
+    if name.lower() in _RESERVED_FILE_NAMES:
+        raise ValueError(f"task name {name!r} is a reserved file name on some systems; choose another")
+
+
+def check_tasks(tasks: Iterable[Task | dict[str, Any]]) -> list[Task]:
+    """Return the tasks as [`Task`] objects, after checking that they can live in one model.
+
+    Raises:
+        ValueError: There is no task, two names are equal or differ in case only, no task is trained for its own sake, or all weights are zero.
+    """
+    checked = [task if isinstance(task, Task) else Task.from_dict(task) for task in tasks]
+    if not checked:
+        raise ValueError("tasks is empty: a multi-task model needs at least one task")
+    seen: dict[str, str] = {}
+    for task in checked:
+        key = task.name.lower()
+        if key in seen:
+            raise ValueError(
+                f"task names {seen[key]!r} and {task.name!r} are equal or differ only in case; "
+                "names must be unique, in file systems that ignore case too"
+            )
+        seen[key] = task.name
+    if all(task.auxiliary for task in checked):
+        raise ValueError("all tasks are auxiliary: at least one must be trained for its own sake")
+    if all(task.weight == 0 for task in checked):
+        raise ValueError("the weights of all tasks are 0: nothing would be trained")
+    return checked
