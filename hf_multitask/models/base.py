@@ -12,27 +12,22 @@ with `N_t` the task's items (rows, or labelled tokens) and `share_t` its fractio
 
 from __future__ import annotations
 
-import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 from transformers.utils import ModelOutput
 
+from .backbone import align_memory, backbone_options, default_pooling, load_backbone
 from .heads import TaskHead, make_head
 from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, plan_passes
-from .task import Task, check_tasks
+from .task import Task, check_tasks, closest
 
 __all__ = ["MultiTaskConfig", "MultiTaskModel", "MultiTaskOutput"]
 
@@ -160,24 +155,13 @@ class MultiTaskModel(PreTrainedModel, ABC):
             'score'
         """
         tasks = check_tasks(tasks)
-        known = inspect.signature(cls.config_class).parameters
         for option in options:
-            if option not in known:
-                raise ValueError(f"{cls.__name__} has no option {option!r}; options are {', '.join(sorted(known))}")
-        if isinstance(backbone, PreTrainedModel):
-            # Training must not change the caller's model. `base_model` drops a head, if there is one.
-            backbone = copy.deepcopy(backbone.base_model)
-            if "add_pooling_layer" in inspect.signature(type(backbone)).parameters:
-                backbone.pooler = None
-        else:
-            kwargs = dict(backbone_kwargs or {})
-            backbone_config = kwargs.pop("config", None) or AutoConfig.from_pretrained(backbone)
-            kwargs = {**backbone_options(type(backbone_config)), **kwargs, "config": backbone_config}
-            backbone = AutoModel.from_pretrained(backbone, **kwargs)
-        if backbone.config.is_encoder_decoder:
-            raise ValueError(
-                f"backbone {type(backbone).__name__} is an encoder-decoder; a {cls.__name__} takes an encoder or a decoder"
-            )
+            if option not in cls.options():
+                raise ValueError(
+                    f"{cls.__name__} has no option {option!r}{closest(option, cls.options())}; "
+                    f"options are {', '.join(cls.options())}"
+                )
+        backbone = load_backbone(backbone, **(backbone_kwargs or {}))
         config = cls.config_class(
             backbone_config=backbone.config,
             tasks=[task.to_dict() for task in tasks],
@@ -185,11 +169,22 @@ class MultiTaskModel(PreTrainedModel, ABC):
             attn_implementation=backbone.config._attn_implementation,
             **options,
         )
-        for module in backbone.modules():
-            module._is_hf_initialized = True  # pretrained: post_init must leave these weights alone
         model = cls(config, backbone)
         model.config.dtype = backbone.dtype
         return model.to(backbone.dtype)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model; arguments and result are those of `PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        align_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Return the options of `from_backbone`: the fields that the scheme's configuration adds to the common ones."""
+        common = {field.name for field in fields(PreTrainedConfig)} | {"backbone_config", "tasks"}
+        return [field.name for field in fields(cls.config_class) if field.name not in common]
 
     # ---- what a scheme implements ----
 
@@ -266,11 +261,11 @@ class MultiTaskModel(PreTrainedModel, ABC):
             for key, value in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions))
         )
         if segments is None:
-            segments = {task.name: whole for task in self.tasks if not task.auxiliary or (labels and task.name in labels)}
+            segments = {
+                task.name: whole for task in self.tasks if not task.auxiliary or (labels and task.name in labels)
+            }
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
-        passes = (
-            [EncoderPass(0, rows, length, tuple(segments))] if wants_internals else plan_passes(segments, cost)
-        )
+        passes = [EncoderPass(0, rows, length, tuple(segments))] if wants_internals else plan_passes(segments, cost)
         logits: dict[str, Tensor] = {}
         encoded: ModelOutput | None = None
         for part in passes:
@@ -357,22 +352,3 @@ def _cut(tensors: dict[str, Tensor | None], part: EncoderPass) -> dict[str, Any]
         if value.dim() > 1 and value.shape[1] != part.length:
             views[key] = views[key][:, : part.length]
     return views
-
-
-def backbone_options(config_class: type[PreTrainedConfig]) -> dict[str, bool]:
-    """Return `add_pooling_layer=False` for backbones that have such a layer: nothing here would train it."""
-    model_class = MODEL_MAPPING.get(config_class, None)
-    if isinstance(model_class, (list, tuple)):
-        model_class = model_class[0]
-    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters:
-        return {"add_pooling_layer": False}
-    return {}
-
-
-def default_pooling(config: PreTrainedConfig) -> str:
-    """Return `last` for a causal decoder, whose last token alone has read the whole text, else `mean`."""
-    model_type = config.get_text_config().model_type
-    causal_only = (
-        model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
-    return "last" if causal_only or getattr(config, "is_decoder", False) else "mean"

@@ -200,7 +200,9 @@ class Task:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise ValueError(f"task {name!r}: unknown key {key!r}{closest(key, known)}; keys are {', '.join(known)}")
+                raise ValueError(
+                    f"task {name!r}: unknown key {key!r}{closest(key, known)}; keys are {', '.join(known)}"
+                )
         for key in ("name", "type"):
             if key not in values:
                 raise ValueError(f"task {name!r}: key {key!r} is missing")
@@ -221,7 +223,8 @@ def check_tasks(tasks: Iterable[Task | dict[str, Any]]) -> list[Task]:
     """Return the tasks as [`Task`] objects, after checking that they can live in one model.
 
     Raises:
-        ValueError: There is no task, two names are equal or differ in case only, no task is trained for its own sake, or all weights are zero.
+        ValueError: There is no task, two names are equal or differ in case only, no task is trained for its own sake,
+            or all weights are zero.
     """
     checked = [task if isinstance(task, Task) else Task.from_dict(task) for task in tasks]
     if not checked:

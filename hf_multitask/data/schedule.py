@@ -1,0 +1,187 @@
+"""The order of the rows: a low-discrepancy schedule and the batch sampler.
+
+The schedule turns the probabilities of a mixing strategy into a sequence of datasets. It draws nothing at random: at
+every point of the sequence each dataset has had its exact share of the rows to within one row. (A random draw would
+be off by tens of rows, and a small task could stay absent for many steps.) This is Tijdeman's chairman assignment
+(Discrete Mathematics 32, 1980), an earliest-deadline rule with that bound, for probabilities that change over time
+too. Rows of a dataset come in a seeded permutation, a new one for each pass; when a dataset is used up its next pass
+begins, so a small task never ends an epoch. Nothing reads the global random state: the order is a function of
+(seed, epoch) alone, the same for any number of processes and workers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+__all__ = ["MultiTaskBatchSampler", "Schedule", "windows_per_epoch"]
+
+
+class Schedule:
+    """An endless sequence of indices in which each index has its share at every prefix, to within one.
+
+    At place n (from 1), with `X_i(n)` the sum of the probabilities of i so far and `A_i` how often i has come, the
+    indices with `X_i(n) - A_i >= 1 / (2T - 2)` may come; of these comes the one whose deadline, the first m with
+    `X_i(m) - A_i >= 1 - 1 / (2T - 2)`, is the earliest. Then `|A_i(n) - X_i(n)| <= 1 - 1 / (2T - 2)` for every n.
+
+    Args:
+        probabilities: A function from the number of an epoch to the probabilities in it.
+        epoch_length: Places per epoch.
+    """
+
+    def __init__(self, probabilities: Callable[[int], Sequence[float]], epoch_length: int) -> None:
+        self._probabilities = probabilities
+        self.epoch_length = epoch_length
+        size = len(probabilities(0))
+        self._margin = 1.0 / (2 * size - 2) if size > 1 else 0.0
+        self._epoch = 0
+        self._targets = [0.0] * size  # X_i at the start of the epoch
+        self._counts = [0] * size  # A_i at the start of the epoch
+        self._next: tuple[list[float], list[int]] | None = None  # the same after it, once known
+
+    def counts_before(self, epoch: int) -> list[int]:
+        """Return how often each index has come before the epoch begins."""
+        if epoch < self._epoch:
+            self.__init__(self._probabilities, self.epoch_length)  # type: ignore[misc]
+        while self._epoch < epoch:
+            if self._next is None:
+                for _ in self.epoch(self._epoch):
+                    pass
+            assert self._next is not None
+            self._targets, self._counts = self._next
+            self._next = None
+            self._epoch += 1
+        return list(self._counts)
+
+    def epoch(self, epoch: int) -> Iterator[int]:
+        """Yield the indices of one epoch, in order: O(log T) each."""
+        counts = self.counts_before(epoch)
+        current, following = self._probabilities(epoch), self._probabilities(epoch + 1)
+        start = list(self._targets)
+        length = self.epoch_length
+
+        def place(index: int, level: float) -> float:
+            # First place n (from 1, in this epoch) at which X_index(n) reaches the level. Probabilities of the
+            # epochs after the next one are taken to stay: a deadline further away decides nothing today.
+            gap = level - start[index]
+            here = current[index] * length
+            if gap <= here + _TOLERANCE:
+                return max(math.ceil(gap / current[index] - _TOLERANCE), 1) if current[index] else math.inf
+            return length + math.ceil((gap - here) / following[index] - _TOLERANCE) if following[index] else math.inf
+
+        waiting = [(place(i, counts[i] + self._margin), i) for i in range(len(counts))]
+        heapq.heapify(waiting)
+        ready: list[tuple[float, int]] = []
+        for n in range(1, length + 1):
+            while waiting and waiting[0][0] <= n:
+                index = heapq.heappop(waiting)[1]
+                heapq.heappush(ready, (place(index, counts[index] + 1 - self._margin), index))
+            # Rounding may leave no index ready for one place; the one that is ready next then comes.
+            index = heapq.heappop(ready)[1] if ready else heapq.heappop(waiting)[1]
+            counts[index] += 1
+            heapq.heappush(waiting, (place(index, counts[index] + self._margin), index))
+            yield index
+        if epoch == self._epoch:
+            self._next = ([x + p * length for x, p in zip(start, current, strict=True)], counts)
+
+
+_TOLERANCE = 1e-9
+
+
+def windows_per_epoch(total_rows: int, window_rows: int, drop_last: bool = False) -> int:
+    """Return the optimizer steps of an epoch: whole windows for as many rows as there are, at least one."""
+    return max(total_rows // window_rows if drop_last else -(-total_rows // window_rows), 1)
+
+
+class MultiTaskBatchSampler:
+    """Batches of global row numbers for one process, as a pure function of (seed, epoch).
+
+    An epoch is as many whole windows (optimizer steps) as it takes to draw as many rows as the datasets hold
+    together. All processes get the same number of batches, all batches are full, and consecutive rows of the
+    schedule fill a window: with the same rows per window, 1 process x 1 batch of 32, 8 accumulated batches of 4 and
+    2 processes x 16 see the same rows in every step.
+
+    There is no attribute `batch_size` on purpose: Accelerate's wrapper would otherwise drop groups of batches.
+
+    Args:
+        sizes: Rows by dataset; a row's global number is its number in the dataset plus the sizes before it.
+        probabilities: A function from the number of an epoch to the probabilities in it.
+        rows_per_batch: Rows of one batch on one process.
+        accumulation: Batches per process and optimizer step.
+        num_processes: Number of processes.
+        process_index: Rank of this process.
+        seed: Seed of the permutations.
+        composition: `mixed` batches, or all rows of a batch from one dataset (`single_task`).
+        drop_last: Round the length of an epoch down to whole windows instead of up.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        probabilities: Callable[[int], Sequence[float]],
+        *,
+        rows_per_batch: int,
+        accumulation: int = 1,
+        num_processes: int = 1,
+        process_index: int = 0,
+        seed: int = 0,
+        composition: str = "mixed",
+        drop_last: bool = False,
+    ) -> None:
+        self.sizes = dict(sizes)
+        self.seed = seed
+        self.epoch = 0
+        self._rows_per_batch = rows_per_batch
+        self._num_processes = num_processes
+        self._process_index = process_index
+        self._single = composition == "single_task"
+        self._offsets = dict(zip(self.sizes, np.cumsum([0, *self.sizes.values()]).tolist(), strict=False))
+        window = rows_per_batch * accumulation * num_processes
+        self._batches = windows_per_epoch(sum(self.sizes.values()), window, drop_last) * accumulation
+        # One place of the schedule is a row, or, in batches of a single task, a whole batch.
+        self._rows_per_place = rows_per_batch if self._single else 1
+        self.schedule = Schedule(probabilities, self._batches * num_processes * rows_per_batch // self._rows_per_place)
+        self._permutations: dict[str, tuple[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process in an epoch."""
+        return self._batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's batches of the epoch."""
+        names = list(self.sizes)
+        drawn = [count * self._rows_per_place for count in self.schedule.counts_before(self.epoch)]
+        places = self.schedule.epoch(self.epoch)
+        places_per_batch = self._rows_per_batch // self._rows_per_place
+        for number in range(self._batches * self._num_processes):
+            batch: list[int] = []
+            mine = number % self._num_processes == self._process_index
+            for _ in range(places_per_batch):
+                index = next(places)
+                if mine:
+                    for row in range(drawn[index], drawn[index] + self._rows_per_place):
+                        batch.append(self._row(names[index], row))
+                drawn[index] += self._rows_per_place
+            if mine:
+                yield batch
+        # Let the schedule note where the epoch ended.
+        next(places, None)
+
+    def _row(self, name: str, number: int) -> int:
+        """Return the global row that is drawn as the `number`-th of a dataset."""
+        repeat, position = divmod(number, self.sizes[name])
+        known = self._permutations.get(name)
+        if known is None or known[0] != repeat:
+            # Named by the dataset, not by its place: another task beside it does not change its order.
+            generator = np.random.Generator(np.random.PCG64([self.seed, zlib.crc32(name.encode()), repeat]))
+            known = (repeat, generator.permutation(self.sizes[name]))
+            self._permutations[name] = known
+        return self._offsets[name] + int(known[1][position])

@@ -1,0 +1,53 @@
+"""Which tasks read the same rows: those that name the same dataset, the same text columns and the same length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..models.task import Task
+
+__all__ = ["Source", "label_key", "make_sources"]
+
+
+def label_key(task: str) -> str:
+    """Return the column of a prepared source that holds a task's encoded labels."""
+    return f"labels_{task}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that one or several tasks read.
+
+    Args:
+        name: The dataset's name; with the task's name behind it where a dataset is read in several ways.
+        dataset: The dataset's name.
+        tasks: The tasks that read the rows, in the model's order.
+    """
+
+    name: str
+    dataset: str
+    tasks: tuple[Task, ...]
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The text columns, which are the same for all of its tasks."""
+        return self.tasks[0].text_columns or ()
+
+
+def make_sources(tasks: Sequence[Task], shares_rows: bool = True) -> list[Source]:
+    """Group tasks into sources.
+
+    Args:
+        tasks: The model's tasks.
+        shares_rows: Whether one encoder pass may serve several tasks; conditioned schemes give each its own rows.
+    """
+    groups: dict[tuple, list[Task]] = {}
+    for task in tasks:
+        key = (task.dataset, task.text_columns, task.max_length, None if shares_rows else task.name)
+        groups.setdefault(key, []).append(task)
+    uses = [key[0] for key in groups]
+    return [
+        Source(key[0] if uses.count(key[0]) == 1 else f"{key[0]}:{group[0].name}", key[0], tuple(group))
+        for key, group in groups.items()
+    ]

@@ -1,0 +1,211 @@
+"""Default metrics per task type, computed without the Hub, and their direction.
+
+| type | metrics (the primary one first) |
+|---|---|
+| `single_label_classification` | `accuracy`, `macro_f1`, `matthews_correlation`; `f1` (of label 1) for two labels |
+| `multi_label_classification` | `micro_f1`, `macro_f1`, `accuracy` (all labels of a row right) |
+| `regression` | `pearson`, `spearman`, `mse` (means over the values, where there are several) |
+| `token_classification` | `f1`, `precision`, `recall` of whole entities (seqeval), `accuracy` of tokens |
+
+`Task(metric=...)` makes another of them the primary one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction
+
+from .models.heads import IGNORE_INDEX
+from .models.task import Task, TaskType, closest
+
+__all__ = ["compute_default_metrics", "default_metric_names", "greater_is_better", "metric_function", "primary_metric"]
+
+_NAMES: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SINGLE_LABEL_CLASSIFICATION: ("accuracy", "macro_f1", "matthews_correlation"),
+    TaskType.MULTI_LABEL_CLASSIFICATION: ("micro_f1", "macro_f1", "accuracy"),
+    TaskType.REGRESSION: ("pearson", "spearman", "mse"),
+    TaskType.TOKEN_CLASSIFICATION: ("f1", "precision", "recall", "accuracy"),
+}
+_LOWER_IS_BETTER = ("loss", "mse", "mae", "rmse", "error", "perplexity")
+
+
+def default_metric_names(task: Task) -> tuple[str, ...]:
+    """Return the names of the metrics computed for a task by default."""
+    binary = task.type is TaskType.SINGLE_LABEL_CLASSIFICATION and task.num_outputs == 2
+    return (*_NAMES[task.type], "f1") if binary else _NAMES[task.type]
+
+
+def primary_metric(task: Task, custom: bool = False) -> str:
+    """Return the name of a task's primary metric.
+
+    Args:
+        task: The task.
+        custom: Whether its metrics are the user's own, whose names are not known beforehand.
+
+    Raises:
+        ValueError: `task.metric` is not one of the metrics computed by default.
+    """
+    names = default_metric_names(task)
+    if task.metric is None:
+        return names[0]
+    if task.metric != "loss" and task.metric not in names and not custom:
+        raise ValueError(
+            f"task {task.name!r}: metric {task.metric!r} is not computed for {task.type}"
+            f"{closest(task.metric, names)}; choose from {', '.join(names)}, or pass compute_metrics"
+        )
+    return task.metric
+
+
+def greater_is_better(metric: str) -> bool:
+    """Return whether a larger value of a metric is better; names that end in loss, error, mse, ... say no."""
+    return not metric.lower().endswith(_LOWER_IS_BETTER)
+
+
+def decode(task: Task, predictions: np.ndarray) -> np.ndarray:
+    """Turn logits into predictions: label ids, 0/1 per label, or the numbers themselves.
+
+    Args:
+        task: The task.
+        predictions: `[N, C]`, or `[N, L, C]` for token-level tasks; ids of tokens `[N, L]` pass through.
+    """
+    if task.type is TaskType.MULTI_LABEL_CLASSIFICATION:
+        return (predictions > 0).astype(np.int64)
+    if task.type is TaskType.REGRESSION:
+        return predictions
+    if task.type is TaskType.TOKEN_CLASSIFICATION and predictions.ndim == 2:
+        return predictions
+    return predictions.argmax(-1)
+
+
+def compute_default_metrics(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return a task's default metrics.
+
+    Args:
+        task: The task.
+        predictions: Logits (see [`decode`]).
+        labels: `[N]` ids, `[N, C]` numbers, or `[N, L]` ids with -100 where there is no label.
+
+    Returns:
+        Values by name; a metric that is not defined (the correlation of a constant) is 0.
+    """
+    return _FUNCTIONS[task.type](task, decode(task, predictions), labels)
+
+
+def _single_label(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    known = labels != IGNORE_INDEX
+    predicted, labels = predicted[known], labels[known]
+    result = {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
+    }
+    if task.num_outputs == 2:
+        result["f1"] = float(f1_score(labels, predicted, zero_division=0))
+    return result
+
+
+def _multi_label(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    labels = labels.astype(np.int64)
+    return {
+        "micro_f1": float(f1_score(labels, predicted, average="micro", zero_division=0)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "accuracy": float(accuracy_score(labels, predicted)),
+    }
+
+
+def _regression(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+
+    predicted, labels = predicted.reshape(len(labels), -1), labels.reshape(len(labels), -1)
+
+    def mean_correlation(correlate: Callable[..., Any]) -> float:
+        values = []
+        for x, y in zip(predicted.T.astype(np.float64), labels.T.astype(np.float64), strict=True):
+            constant = len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0
+            values.append(0.0 if constant else float(correlate(x, y).statistic))
+        return float(np.mean(values))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nearly constant predictions, as before the first step
+        return {
+            "pearson": mean_correlation(pearsonr),
+            "spearman": mean_correlation(spearmanr),
+            "mse": float(np.mean((predicted - labels) ** 2)),
+        }
+
+
+def label_sequences(task: Task, ids: np.ndarray, labels: np.ndarray) -> list[list[str]]:
+    """Return the label names at the labelled tokens (label other than -100) of each row."""
+    names = task.labels or ()
+    length = min(ids.shape[1], labels.shape[1])
+    return [
+        [names[i] for i, label in zip(row[:length], gold[:length], strict=True) if label != IGNORE_INDEX]
+        for row, gold in zip(ids.tolist(), labels.tolist(), strict=True)
+    ]
+
+
+def _token_labels(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    guesses, gold = label_sequences(task, predicted, labels), label_sequences(task, labels, labels)
+    tokens = max(sum(map(len, gold)), 1)
+    right = sum(g == p for row, guess in zip(gold, guesses, strict=True) for g, p in zip(row, guess, strict=True))
+    with warnings.catch_warnings():
+        # Tags that are no BIO scheme (parts of speech) count as entities of one token; seqeval remarks on each.
+        warnings.simplefilter("ignore")
+        return {
+            "f1": float(f1_score(gold, guesses, zero_division=0)),
+            "precision": float(precision_score(gold, guesses, zero_division=0)),
+            "recall": float(recall_score(gold, guesses, zero_division=0)),
+            "accuracy": right / tokens,
+        }
+
+
+_FUNCTIONS: dict[TaskType, Callable[[Task, np.ndarray, np.ndarray], dict[str, float]]] = {
+    TaskType.SINGLE_LABEL_CLASSIFICATION: _single_label,
+    TaskType.MULTI_LABEL_CLASSIFICATION: _multi_label,
+    TaskType.REGRESSION: _regression,
+    TaskType.TOKEN_CLASSIFICATION: _token_labels,
+}
+
+
+def metric_function(task: Task, custom: Any = None) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the function that computes a task's metrics from an `EvalPrediction`.
+
+    Args:
+        task: The task.
+        custom: None for the default metrics, a callable that takes the `EvalPrediction` (predictions are logits), or
+            a module of the `evaluate` library, which is given decoded predictions: label ids, numbers, or sequences
+            of label names for token-level tasks.
+
+    Raises:
+        TypeError: `custom` is neither.
+    """
+    if custom is None:
+        return lambda prediction: compute_default_metrics(task, prediction.predictions, prediction.label_ids)
+    if hasattr(custom, "compute") and hasattr(custom, "add_batch"):
+        return lambda prediction: dict(_compute_module(task, custom, prediction))
+    if not callable(custom):
+        raise TypeError(
+            f"compute_metrics[{task.name!r}] must be a callable or an evaluate module, got {type(custom).__name__}"
+        )
+    return custom
+
+
+def _compute_module(task: Task, module: Any, prediction: EvalPrediction) -> Mapping[str, Any]:
+    predictions, labels = decode(task, prediction.predictions), prediction.label_ids
+    if task.type is TaskType.TOKEN_CLASSIFICATION:
+        return module.compute(
+            predictions=label_sequences(task, predictions, labels), references=label_sequences(task, labels, labels)
+        )
+    if task.type is TaskType.REGRESSION and task.num_outputs == 1:
+        predictions, labels = predictions.reshape(-1), labels.reshape(-1)
+    return module.compute(predictions=predictions, references=labels)

@@ -1,0 +1,96 @@
+"""Pretrained backbones: loading one, and what a multi-task model has to know about it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+__all__ = ["align_memory", "backbone_options", "default_pooling", "load_backbone"]
+
+logger = logging.get_logger(__name__)
+
+_ALIGNMENT = 64  # bytes; what torch gives to the tensors it allocates
+
+
+def load_backbone(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    """Load a backbone, or copy one that is in memory, without its pooling layer or head.
+
+    Args:
+        source: A Hub id or folder, or a model; a model with a head gives its `base_model`.
+        **kwargs: Arguments of `AutoModel.from_pretrained`; not used for a model in memory.
+
+    Raises:
+        ValueError: The backbone is an encoder-decoder.
+    """
+    if isinstance(source, PreTrainedModel):
+        # Training must not change the caller's model.
+        backbone = copy.deepcopy(source.base_model)
+        if "add_pooling_layer" in inspect.signature(type(backbone)).parameters:
+            backbone.pooler = None
+        config = backbone.config
+    else:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source)
+    if config.is_encoder_decoder:
+        raise ValueError(f"backbone {config.model_type!r} is an encoder-decoder; give an encoder or a decoder")
+    if not isinstance(source, PreTrainedModel):
+        options = {**backbone_options(type(config)), **kwargs}
+        backbone = _load(source, config, options)
+    for module in backbone.modules():
+        module._is_hf_initialized = True  # pretrained: the wrapper's post_init must leave these weights alone
+    align_memory(backbone)
+    return backbone
+
+
+def _load(source: str, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a backbone, and report what the checkpoint lacked; what it has too much (a pooler, a head) is no news."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        backbone, info = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if fresh:
+        logger.warning(f"{source} has no weights for {fresh} of {type(backbone).__name__}: they start at random")
+    return backbone
+
+
+def align_memory(model: PreTrainedModel) -> None:
+    """Move parameters on the CPU that lie across a 64-byte line to memory of their own.
+
+    Safetensors files are mapped into memory as they are, and matrix products on a CPU can differ in the last bit
+    with the alignment of their operands. Aligned, a model that was just trained and the same model loaded from disk
+    agree bit for bit.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            with torch.no_grad():
+                parameter.data = parameter.data.clone()
+
+
+def backbone_options(config_class: type[PreTrainedConfig]) -> dict[str, bool]:
+    """Return `add_pooling_layer=False` for backbones that have such a layer: nothing here would train it."""
+    model_class = MODEL_MAPPING.get(config_class, None)
+    if isinstance(model_class, (list, tuple)):
+        model_class = model_class[0]
+    if model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters:
+        return {"add_pooling_layer": False}
+    return {}
+
+
+def default_pooling(config: PreTrainedConfig) -> str:
+    """Return `last` for a causal decoder, whose last token alone has read the whole text, else `mean`."""
+    model_type = config.get_text_config().model_type
+    causal_only = (
+        model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+    return "last" if causal_only or getattr(config, "is_decoder", False) else "mean"

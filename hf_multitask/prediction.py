@@ -1,0 +1,213 @@
+"""Raw text in, readable answers out: every task of a saved model from one pass of the encoder.
+
+A [`Predictor`] is what `hf-multitask predict` runs. Answers by task type:
+
+| type | answer |
+|---|---|
+| `single_label_classification` | `{"label": ..., "score": ...}` |
+| `multi_label_classification` | `[{"label": ..., "score": ...}, ...]`, those above 0.5 |
+| `regression` | a number, or `{name: number}` where the task names several values |
+| `token_classification` | entities `[{"label", "text", "start", "end", "score"}, ...]`; with tags that are no BIO scheme, every word |
+
+Scores are probabilities in [0, 1]; `start` and `end` count characters of the text (words, for input that is a list
+of words).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from .data.preprocessing import longest_input
+from .models.auto import AutoModelForMultiTask
+from .models.base import MultiTaskModel
+from .models.passes import Segment
+from .models.task import Task, TaskType, closest
+
+__all__ = ["Predictor"]
+
+# Words of running text: numbers, words with inner marks, @names and #tags, and single marks.
+_WORD = re.compile(r"[@#]?\w+(?:[-'’.,:/]\w+)*|[^\w\s]")
+
+Text = str | Sequence[str] | tuple[str, str] | dict[str, Any]
+
+
+class Predictor:
+    """Predicts the tasks of a multi-task model for raw text.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, a fast one.
+        max_length: Longest input in tokens; longer texts are cut (default: what tokenizer and model allow).
+
+    Raises:
+        ValueError: The tokenizer cannot tell where its tokens lie in the text.
+    """
+
+    def __init__(self, model: MultiTaskModel, tokenizer: Any, max_length: int | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(f"{type(tokenizer).__name__} has no offsets; a fast tokenizer is needed")
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.tasks = {task.name: task for task in model.tasks if not task.auxiliary}
+        self.max_length = longest_input(tokenizer, model, max_length)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> Predictor:
+        """Load model and tokenizer from a folder or a Hub id.
+
+        Raises:
+            FileNotFoundError: It looks like a folder and there is none.
+        """
+        folder = str(folder)
+        if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
+            raise FileNotFoundError(f"model folder {folder!r} does not exist")
+        model = AutoModelForMultiTask.from_pretrained(folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(device), AutoTokenizer.from_pretrained(folder))
+
+    def __call__(
+        self, texts: Iterable[Text], tasks: Sequence[str] | None = None, batch_size: int = 32
+    ) -> Iterator[dict[str, Any]]:
+        """Yield one dictionary of answers by task for each text.
+
+        Args:
+            texts: Strings; pairs of strings as a tuple; lists of words; or rows with the tasks' text columns.
+            tasks: Names of the tasks (default: all that are not auxiliary).
+            batch_size: Texts per pass of the encoder.
+
+        Raises:
+            ValueError: A task is unknown, or a text is of no form that it can read.
+        """
+        for name in tasks or ():
+            if name not in self.tasks:
+                raise ValueError(f"no task {name!r}{closest(name, self.tasks)}; tasks are {', '.join(self.tasks)}")
+        chosen = [self.tasks[name] for name in (tasks or self.tasks)]
+        rows = [self._read(text, chosen, number) for number, text in enumerate(texts)]
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            # A pass takes texts of one form: single or pair, running text or words.
+            kinds = [(len(row), isinstance(row[0], str)) for row in batch]
+            answers: list[dict[str, Any]] = [{}] * len(batch)
+            for kind in dict.fromkeys(kinds):
+                places = [i for i, other in enumerate(kinds) if other == kind]
+                for i, answer in zip(places, self._predict([batch[i] for i in places], chosen), strict=True):
+                    answers[i] = answer
+            yield from answers
+
+    def _read(self, text: Text, tasks: Sequence[Task], number: int) -> tuple[Any, ...]:
+        if isinstance(text, dict):
+            columns = next((t.text_columns for t in tasks if t.text_columns and set(t.text_columns) <= set(text)), None)
+            if columns is None:
+                wanted = sorted({column for task in tasks for column in task.text_columns or ()})
+                raise ValueError(f"input {number} has the keys {sorted(text)}; the tasks read {', '.join(wanted)}")
+            row = tuple(text[column] for column in columns)
+        else:
+            row = text if isinstance(text, tuple) else (text,)
+        for part in row:
+            words = isinstance(part, list) and all(isinstance(word, str) for word in part)
+            if not (isinstance(part, str) or words) or not part or (isinstance(part, str) and not part.strip()):
+                raise ValueError(f"input {number} is {part!r}; a text must be a non-empty string or list of words")
+        for task in tasks:
+            if len(task.text_columns or ()) != len(row):
+                form = "a pair of texts" if len(task.text_columns or ()) == 2 else "one text"
+                raise ValueError(f"input {number}: task {task.name!r} reads {form}, got {len(row)} text(s)")
+        return row
+
+    @torch.inference_mode()
+    def _predict(self, rows: Sequence[tuple[Any, ...]], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+        words = not isinstance(rows[0][0], str)
+        encoded = self.tokenizer(
+            *[[row[i] for row in rows] for i in range(len(rows[0]))],
+            truncation=True,
+            max_length=self.max_length,
+            padding=True,
+            padding_side="right",
+            is_split_into_words=words,
+            return_offsets_mapping=True,
+            return_tensors="pt",
+        )
+        offsets = encoded.pop("offset_mapping").tolist()
+        whole = Segment(0, len(rows), encoded["input_ids"].shape[1])
+        inputs = {key: value.to(self.model.device) for key, value in encoded.items()}
+        logits = self.model(**inputs, segments={task.name: whole for task in tasks}).logits
+        answers: list[dict[str, Any]] = [{} for _ in rows]
+        for task in tasks:
+            scores = logits[task.name].float().cpu()
+            if task.type is TaskType.TOKEN_CLASSIFICATION:
+                for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+                    spans = (
+                        _given_words(row[0], encoded.word_ids(i))
+                        if words
+                        else _found_words(row[0], offsets[i], encoded.sequence_ids(i))
+                    )
+                    answer[task.name] = _entities(task, row[0], spans, scores[i].softmax(-1))
+            else:
+                for answer, row_scores in zip(answers, scores, strict=True):
+                    answer[task.name] = _answer(task, row_scores)
+        return answers
+
+
+def _answer(task: Task, scores: torch.Tensor) -> Any:
+    """Return the readable form of one row's logits, `[C]`."""
+    labels = task.labels or ()
+    if task.type is TaskType.REGRESSION:
+        values = [round(value, 4) for value in scores.tolist()]
+        return dict(zip(labels, values, strict=True)) if labels else values[0]
+    if task.type is TaskType.MULTI_LABEL_CLASSIFICATION:
+        probabilities = scores.sigmoid().tolist()
+        return [
+            {"label": label, "score": round(p, 4)} for label, p in zip(labels, probabilities, strict=True) if p > 0.5
+        ]
+    probability, best = scores.softmax(-1).max(-1)
+    return {"label": labels[int(best)], "score": round(float(probability), 4)}
+
+
+# A word as (token that carries its label, start, end).
+_Span = tuple[int, int, int]
+
+
+def _given_words(words: Sequence[str], word_ids: Sequence[int | None]) -> list[_Span]:
+    first = {word: token for token, word in reversed(list(enumerate(word_ids))) if word is not None}
+    return [(first[word], word, word + 1) for word in range(len(words)) if word in first]
+
+
+def _found_words(text: str, offsets: Sequence[Sequence[int]], sequence_ids: Sequence[int | None]) -> list[_Span]:
+    """Return the words of running text, each with the first token that reaches into it."""
+    spans, token = [], 0
+    for match in _WORD.finditer(text):
+        while token < len(offsets) and (sequence_ids[token] is None or offsets[token][1] <= match.start()):
+            token += 1
+        if token == len(offsets):
+            break  # the rest was truncated
+        if offsets[token][0] < match.end():
+            spans.append((token, match.start(), match.end()))
+    return spans
+
+
+def _entities(task: Task, text: Any, spans: Sequence[_Span], probabilities: torch.Tensor) -> list[dict[str, Any]]:
+    """Return the entities of one row (`probabilities` is `[L, C]`), or its words where labels are no BIO scheme."""
+    labels = task.labels or ()
+    bio = any(label.startswith("B-") for label in labels)
+    best_scores, best = probabilities.max(-1)
+    found: list[dict[str, Any]] = []
+    previous = "O"
+    for token, start, end in spans:
+        label, score = labels[int(best[token])], float(best_scores[token])
+        kind = label.split("-", 1)[-1] if bio else label
+        if bio and label.startswith("I-") and previous.split("-", 1)[-1] == kind and previous != "O":
+            found[-1]["end"] = end
+            found[-1]["score"] = min(found[-1]["score"], score)
+        elif not bio or label != "O":
+            found.append({"label": kind, "text": "", "start": start, "end": end, "score": score})
+        previous = label
+    for entity in found:
+        part = text[entity["start"] : entity["end"]]
+        entity["text"] = part if isinstance(part, str) else " ".join(part)
+        entity["score"] = round(entity["score"], 4)
+    return found

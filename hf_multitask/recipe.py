@@ -1,0 +1,314 @@
+"""Recipe files: a YAML description of a run → model, datasets, arguments.
+
+```yaml
+model:
+  backbone: sentence-transformers/all-MiniLM-L6-v2   # Hub id or folder
+  sharing: hard
+tasks:
+  - name: topic
+    type: single_label_classification
+    dataset: SetFit/bbc-news                         # Hub id, or files: data/topic-{split}.parquet
+    label_column: label_text
+training:                                            # MultiTaskTrainingArguments
+  max_steps: 200
+```
+
+A task has the fields of [`Task`]; `labels` may be left out where the training rows name them. `dataset` is one of
+
+- a Hub id (`SetFit/bbc-news`);
+- local files, `{split}` standing for `train`, `validation` and `test` (`data/topic-{split}.parquet`, also `.jsonl`,
+  `.json` and `.csv`); those that exist are taken, relative to the current directory;
+- `quickstart:NAME`, data that comes from the package registry (see [`hf_multitask.quickstart`]);
+- a mapping of arguments of `datasets.load_dataset` (`path`, `name`, `revision`, `data_files`, `data_dir`) and, where
+  splits have other names, `train`, `validation`, `test`; `validation: 0.1` takes a tenth of the training rows.
+
+Tasks with the same `dataset` read the same rows. A backbone may be `quickstart:NAME`, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .models.auto import SCHEMES
+from .models.base import MultiTaskModel
+from .models.task import Task, closest
+from .training_args import MultiTaskTrainingArguments
+
+__all__ = ["Recipe", "RecipeParts", "build", "load_recipe", "parse_overrides"]
+
+_PREFIX = "quickstart:"
+_SPLITS = ("train", "validation", "test")
+_LOADING = ("path", "name", "revision", "data_files", "data_dir")
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    Args:
+        name: The file's name without its ending.
+        model: `backbone`, `sharing`, and options of the sharing scheme.
+        tasks: One mapping per task.
+        training: Arguments of [`MultiTaskTrainingArguments`].
+    """
+
+    name: str
+    model: dict[str, Any]
+    tasks: list[dict[str, Any]]
+    training: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain types, to be written beside its result."""
+        return {"model": self.model, "tasks": self.tasks, "training": self.training}
+
+
+@dataclass(frozen=True)
+class RecipeParts:
+    """What a recipe describes, ready for [`MultiTaskTrainer`].
+
+    Args:
+        model: The multi-task model.
+        tokenizer: The backbone's tokenizer.
+        args: The training arguments.
+        datasets: By split (`train`, `validation`, `test`), datasets by name.
+    """
+
+    model: MultiTaskModel
+    tokenizer: Any
+    args: MultiTaskTrainingArguments
+    datasets: dict[str, dict[str, Any]]
+
+
+def parse_overrides(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Split `key.path=value` settings; values are YAML (`10`, `1e-4`, `[a, b]`, `text`).
+
+    Raises:
+        ValueError: A setting has no `=`.
+    """
+    overrides = []
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {setting!r}: write it as key=value, for example training.max_steps=10")
+        overrides.append((key.split("."), _parse(value)))
+    return overrides
+
+
+def _parse(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:  # YAML 1.1 takes 1e-4 for text
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply settings.
+
+    Args:
+        path: The YAML file.
+        settings: `key=value` each; a task is addressed by its name or number (`tasks.topic.weight=0.5`).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no valid recipe; an unknown key is named with the closest known one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {str(path)!r} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {str(path)!r} must be a mapping with model, tasks and training")
+    for keys, value in parse_overrides(settings):
+        _set(content, keys, value)
+    return _check(content, path)
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    place: Any = content
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            names = [item.get("name") if isinstance(item, dict) else None for item in place]
+            if key in names:
+                index = names.index(key)
+            elif key.isdigit() and int(key) < len(place):
+                index = int(key)
+            else:
+                raise ValueError(
+                    f"--set {'.'.join(keys)}: no task {key!r}{closest(key, [n for n in names if n])}; "
+                    f"tasks are {', '.join(map(str, names))}"
+                )
+            if last:
+                place[index] = value
+            place = place[index]
+        elif last:
+            place[key] = value
+        else:
+            if not isinstance(place.get(key), (dict, list)):
+                place[key] = {}
+            place = place[key]
+
+
+def _check_keys(where: str, content: Any, known: Sequence[str], required: Sequence[str] = ()) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be a mapping, got {content!r}")
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}{closest(key, known)}; keys are {', '.join(known)}")
+    for key in required:
+        if key not in content:
+            raise ValueError(f"{where}: key {key!r} is missing")
+
+
+def _check(content: dict[str, Any], path: Path) -> Recipe:
+    where = f"recipe {path.name!r}"
+    _check_keys(where, content, ("model", "tasks", "training"), ("model", "tasks"))
+    model = dict(content["model"]) if isinstance(content["model"], dict) else content["model"]
+    sharing = model.get("sharing", "hard") if isinstance(model, dict) else "hard"
+    if sharing not in SCHEMES:
+        raise ValueError(
+            f"{where}, model.sharing: {sharing!r} is not known{closest(sharing, SCHEMES)}; "
+            f"schemes are {', '.join(SCHEMES)}"
+        )
+    known = ("backbone", "sharing", "backbone_kwargs", *SCHEMES[sharing].options())
+    _check_keys(f"{where}, model", model, known, ("backbone",))
+    if not isinstance(content["tasks"], list) or not content["tasks"]:
+        raise ValueError(f"{where}: tasks must be a list of at least one task")
+    task_fields = [field.name for field in fields(Task)]
+    for task in content["tasks"]:
+        name = task.get("name") if isinstance(task, dict) else task
+        _check_keys(f"{where}, task {name!r}", task, task_fields, ("name", "type", "dataset"))
+        if isinstance(task["dataset"], dict):
+            _check_keys(f"{where}, task {name!r}, dataset", task["dataset"], (*_LOADING, *_SPLITS), ("path",))
+        elif not isinstance(task["dataset"], str):
+            raise ValueError(f"{where}, task {name!r}: dataset must be a name or a mapping, got {task['dataset']!r}")
+    training = content.get("training") or {}
+    arguments = [field.name for field in fields(MultiTaskTrainingArguments) if field.init]
+    _check_keys(f"{where}, training", training, arguments)
+    return Recipe(path.stem, model, content["tasks"], training)
+
+
+def build(recipe: Recipe) -> RecipeParts:
+    """Load the backbone and the datasets of a recipe and make the model.
+
+    Raises:
+        ValueError: A dataset has no training rows, or labels cannot be found.
+    """
+    from transformers import AutoTokenizer, set_seed
+
+    training = {"output_dir": f"runs/{recipe.name}", "report_to": "none", **recipe.training}
+    args = MultiTaskTrainingArguments(**training)
+    names = _dataset_names(recipe)
+    datasets: dict[str, dict[str, Any]] = {split: {} for split in _SPLITS}
+    tasks = []
+    for task in recipe.tasks:
+        name = names[json.dumps(task["dataset"], sort_keys=True)]
+        if name not in datasets["train"]:
+            for split, rows in load_splits(task["dataset"], seed=args.seed).items():
+                datasets[split][name] = rows
+        tasks.append(_make_task({**task, "dataset": name}, datasets["train"][name]))
+    options = {key: value for key, value in recipe.model.items() if key not in ("backbone", "sharing")}
+    backbone = recipe.model["backbone"]
+    if backbone.startswith(_PREFIX):
+        from .quickstart import backbone_folder
+
+        backbone = str(backbone_folder(backbone.removeprefix(_PREFIX)))
+    set_seed(args.seed)  # the heads start from it
+    model = SCHEMES[recipe.model.get("sharing", "hard")].from_backbone(backbone, tasks, **options)
+    return RecipeParts(model, AutoTokenizer.from_pretrained(backbone), args, datasets)
+
+
+def _make_task(values: dict[str, Any], rows: Any) -> Task:
+    from .data.labels import infer_labels
+
+    if "labels" not in values and values["type"] != "regression":
+        # The name of the label column has a default, which the task knows best.
+        column = values.get("label_column") or Task.from_dict({**values, "labels": ["a", "b"]}).label_column
+        try:
+            values = {**values, "labels": infer_labels(rows, column)}
+        except ValueError as error:
+            raise ValueError(f"task {values['name']!r}: {error}") from None
+    return Task.from_dict(values)
+
+
+def _dataset_names(recipe: Recipe) -> dict[str, str]:
+    """Return a short, unique name for each distinct `dataset` of a recipe, by its JSON."""
+    names: dict[str, str] = {}
+    for task in recipe.tasks:
+        spec = task["dataset"]
+        key = json.dumps(spec, sort_keys=True)
+        if key in names:
+            continue
+        if isinstance(spec, Mapping):
+            name = "-".join(str(spec[part]).rsplit("/", 1)[-1] for part in ("path", "name") if spec.get(part))
+            name = task["name"] if spec["path"] in _BUILDERS.values() else name
+        else:
+            name = Path(spec.removeprefix(_PREFIX)).name
+            if Path(name).suffix in _BUILDERS:
+                name = Path(name).stem.replace("{split}", "").strip("-_.") or task["name"]
+        names[key] = name if name not in names.values() else f"{name}-{task['name']}"
+    return names
+
+
+def load_splits(spec: str | Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Load the splits of a recipe's `dataset`.
+
+    Args:
+        spec: See the module's text.
+        seed: Seed of a validation split that is taken from the training rows.
+
+    Returns:
+        Datasets by split, `train` among them.
+
+    Raises:
+        ValueError: There is no training split, or files or names do not exist.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    if isinstance(spec, str):
+        spec = _spec_of(spec)
+    chosen = {split: spec.get(split, split) for split in _SPLITS}
+    loaded = load_dataset(**{key: value for key, value in spec.items() if key in _LOADING})
+    if not isinstance(loaded, DatasetDict):
+        raise ValueError(f"dataset {spec}: expected splits, got {type(loaded).__name__}")
+    splits = {}
+    for split, name in chosen.items():
+        if isinstance(name, float):
+            continue
+        if name in loaded:
+            splits[split] = loaded[name]
+        elif split == "train" or split in spec:
+            raise ValueError(f"dataset {spec['path']!r} has no split {name!r}; its splits are {', '.join(loaded)}")
+    if isinstance(chosen["validation"], float):
+        parts = splits["train"].train_test_split(test_size=chosen["validation"], seed=seed)
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    return splits
+
+
+def _spec_of(text: str) -> dict[str, Any]:
+    """Return the arguments of `load_dataset` that a one-line `dataset` stands for."""
+    if text.startswith(_PREFIX):
+        from .quickstart import dataset_files
+
+        return {"path": "parquet", "data_files": dict(dataset_files(text.removeprefix(_PREFIX)))}
+    builder = _BUILDERS.get(Path(text).suffix)
+    if builder is None:
+        return {"path": text}
+    files = {split: text.replace("{split}", split) for split in (_SPLITS if "{split}" in text else ("train",))}
+    found = {split: file for split, file in files.items() if Path(file).is_file()}
+    if "train" not in found:
+        raise ValueError(f"dataset {text!r}: the file {files['train']!r} does not exist")
+    return {"path": builder, "data_files": found}

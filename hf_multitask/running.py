@@ -1,0 +1,126 @@
+"""Run a recipe from beginning to end: train, evaluate, save, and write down what came out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .metrics import primary_metric
+from .recipe import Recipe, build, load_recipe
+from .trainer import MultiTaskTrainer
+
+__all__ = ["format_table", "run_recipe"]
+
+_VERSIONS = ("hf_multitask", "torch", "transformers", "datasets", "accelerate")
+
+
+def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = False) -> str:
+    """Train a recipe and return the closing table.
+
+    The output folder gets the model, its tokenizer, the trainer's state, and `results.json`: the recipe as it was
+    run, versions, and per task the rows seen, its share of all rows, and its metrics on the validation rows (and on
+    the test rows, where there are any).
+
+    Args:
+        path: The recipe file.
+        settings: `key=value` changes, see [`hf_multitask.recipe.load_recipe`].
+        resume: Go on from the last checkpoint in the output folder.
+
+    Raises:
+        ValueError: The recipe, its data or its arguments do not fit; nothing has been written then.
+    """
+    recipe = load_recipe(path, settings)
+    parts = build(recipe)
+    trainer = MultiTaskTrainer(
+        model=parts.model,
+        args=parts.args,
+        train_dataset=parts.datasets["train"],
+        eval_dataset=parts.datasets["validation"] or None,
+        processing_class=parts.tokenizer,
+    )
+    outcome = trainer.train(resume_from_checkpoint=True if resume else None)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate() if parts.datasets["validation"] else {}
+    if parts.datasets["test"]:
+        metrics |= trainer.evaluate(parts.datasets["test"], metric_key_prefix="test")
+    results = collect_results(recipe, trainer, metrics, outcome.metrics)
+    if trainer.is_world_process_zero():
+        file = Path(trainer.args.output_dir, "results.json")
+        file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"
+
+
+def collect_results(
+    recipe: Recipe, trainer: MultiTaskTrainer, metrics: dict[str, float], training: dict[str, float]
+) -> dict[str, Any]:
+    """Return what `results.json` holds.
+
+    Args:
+        recipe: The recipe.
+        trainer: The trainer after training.
+        metrics: What `evaluate` returned for the splits.
+        training: What `train` returned.
+    """
+    seen = trainer.progress.rows_seen
+    total = sum(seen.values()) or 1
+    tasks = {}
+    for task in trainer.tasks:
+        primary = primary_metric(task)
+        tasks[task.name] = {
+            "rows_seen": seen.get(task.name, 0),
+            "share": seen.get(task.name, 0) / total,
+            "primary_metric": primary,
+        } | {
+            split: {
+                key.removeprefix(f"{prefix}_{task.name}_"): value
+                for key, value in metrics.items()
+                if key.startswith(f"{prefix}_{task.name}_")
+            }
+            for split, prefix in (("validation", "eval"), ("test", "test"))
+            if f"{prefix}_{task.name}_{primary}" in metrics
+        }
+    # Kilobytes on Linux, bytes on macOS.
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+    return {
+        "recipe": recipe.to_dict(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
+        "tasks": tasks,
+        "average": {split: metrics[key] for split, key in _averages(metrics)},
+        "steps": trainer.state.global_step,
+        "train_seconds": round(training["train_runtime"], 1),
+        "train_loss": training["train_loss"],
+        "peak_memory_mib": round(memory),
+        "device": str(trainer.args.device),
+    }
+
+
+def _averages(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    return [(s, k) for s, k in (("validation", "eval_average"), ("test", "test_average")) if k in metrics]
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """Return a run's table: task, rows seen, share, primary metric on validation and test rows."""
+    splits = [split for split in ("validation", "test") if split in results["average"]]
+    rows = [["task", "rows seen", "share", "metric", *splits]]
+    for name, task in results["tasks"].items():
+        values = [task.get(split, {}).get(task["primary_metric"]) for split in splits]
+        shown = ["-" if value is None else f"{value:.3f}" for value in values]
+        rows.append([name, f"{task['rows_seen']:,}", f"{task['share']:.1%}", task["primary_metric"], *shown])
+    rows.append(["average", "", "", "", *[f"{results['average'][split]:.3f}" for split in splits]])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = {1, 2, *range(4, 4 + len(splits))}
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,309 @@
+"""`MultiTaskTrainer`: `transformers.Trainer` for one model and many tasks.
+
+With a plain model it is `Trainer`, bit for bit. With a multi-task model it prepares a dictionary of datasets, mixes
+them, weighs losses over whole optimizer steps, logs each task, and evaluates one task after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from .data.collator import DataCollatorForMultiTask
+from .data.dataset import MultiTaskDataset, prepare_sources
+from .data.preprocessing import check_tokenizer, longest_input
+from .data.sampling import mixing_probabilities
+from .data.schedule import MultiTaskBatchSampler, windows_per_epoch
+from .data.sources import make_sources
+from .evaluation import MultiTaskEvaluation, check_compute_metrics, check_primary_task
+from .models.base import MultiTaskModel
+from .models.task import Task
+from .training_args import MultiTaskTrainingArguments
+from .window import TaskProgress, Window, count_window
+
+__all__ = ["MultiTaskTrainer"]
+
+STATE_NAME = "multitask_state.json"
+
+
+class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
+    """`Trainer` for multi-task models; all its arguments, callbacks and features keep their meaning.
+
+    What is different with a multi-task model:
+
+    - `train_dataset` and `eval_dataset` are dictionaries (or a `DatasetDict`) of datasets by name, as text and
+      labels or already tokenized. They are checked and prepared before anything else happens.
+    - `processing_class` is the backbone's tokenizer.
+    - `compute_metrics` maps task names to callables or modules of the `evaluate` library; tasks that are not in it
+      get the default metrics of their type.
+    - Log lines hold `loss/<task>` and `share/<task>`; evaluations `eval_<task>_<metric>`, `eval_<task>_loss` and
+      `eval_average`, the mean of the primary metrics of the tasks that are not auxiliary.
+    - `predict` returns one `PredictionOutput` per task.
+
+    Args:
+        model: A [`MultiTaskModel`], or any model `Trainer` takes.
+        args: [`MultiTaskTrainingArguments`] (with a plain model, `TrainingArguments` do).
+        data_collator: Default [`DataCollatorForMultiTask`].
+        train_dataset: See above.
+        eval_dataset: See above; may leave out tasks, save the primary one.
+        processing_class: See above.
+        model_init: As in `Trainer`.
+        compute_loss_func: For plain models only.
+        compute_metrics: See above.
+        **kwargs: Further arguments of `Trainer`.
+
+    Raises:
+        ValueError: Something does not fit; everything is checked before training begins.
+        TypeError: An argument is not of its type.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        compute_loss_func: Any = None,
+        compute_metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        probe = model
+        if model is None and model_init is not None:
+            probe = model_init(*[None] * len(inspect.signature(model_init).parameters))
+        self.tasks: list[Task] = probe.tasks if isinstance(probe, MultiTaskModel) else []
+        if self.tasks:
+            if args is None:
+                args = MultiTaskTrainingArguments(output_dir="tmp_trainer")
+            args = self._settle_args(args, compute_metrics, compute_loss_func)
+            check_tokenizer(processing_class, probe)
+            self._sources = make_sources(self.tasks, probe.shares_rows)
+            self._preparing = {
+                "tokenizer": processing_class,
+                "max_length": longest_input(processing_class, probe, args.max_length),
+                "num_proc": args.dataset_num_proc,
+            }
+            self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
+            check_primary_task(args, self.tasks, self._sources, self._metrics, eval_dataset)
+            _check_output_dir(args.output_dir)
+            with args.main_process_first(desc="preparing datasets"):
+                if train_dataset is not None:
+                    train_dataset = self._prepare_datasets(train_dataset, "train_dataset", "train")
+                    self._check_sampling(train_dataset, args)
+                if eval_dataset is not None:
+                    eval_dataset = self._prepare_datasets(eval_dataset, "eval_dataset", "eval", complete=False)
+            data_collator = data_collator or DataCollatorForMultiTask(processing_class, self.tasks)
+            compute_metrics = None
+            # What `compute_loss` returns is divided by the items of the whole window already.
+            self.loss_is_scaled_for_ga = True
+            self.progress = TaskProgress([task.name for task in self.tasks])
+        elif isinstance(train_dataset, Mapping):
+            raise ValueError(
+                f"train_dataset is a dictionary of datasets, but {type(probe).__name__} is no multi-task model; "
+                "make one, for example with HardSharingModel.from_backbone(...)"
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+
+    # ---- arguments and datasets ----
+
+    def _settle_args(self, args: Any, compute_metrics: Any, compute_loss_func: Any) -> MultiTaskTrainingArguments:
+        """Return a copy of the arguments, after refusing those that several tasks cannot honour."""
+        if not isinstance(args, MultiTaskTrainingArguments):
+            raise TypeError(
+                f"args must be MultiTaskTrainingArguments for a multi-task model, got {type(args).__name__}"
+            )
+        refused = {
+            "compute_loss_func": (compute_loss_func, "the heads compute the losses; Task(weight=...) weighs them"),
+            "label_smoothing_factor": (args.label_smoothing_factor, "set Task(label_smoothing=...) per task"),
+            "batch_eval_metrics": (args.batch_eval_metrics, "metrics are computed over whole datasets"),
+            "n_gpu > 1": (args.n_gpu > 1, "use one process per device: accelerate launch, or CUDA_VISIBLE_DEVICES=0"),
+        }
+        for name, (value, mend) in refused.items():
+            if value:
+                raise ValueError(f"{name} does not go with a multi-task model: {mend}")
+        args = copy.copy(args)
+        if args.ddp_find_unused_parameters is None:
+            # Heads without rows get a term of zero instead (see `compute_loss`): no search through the graph.
+            args.ddp_find_unused_parameters = False
+        return args
+
+    def _prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
+        return prepare_sources(datasets, self._sources, argument, split=split, **options, **self._preparing)
+
+    def _check_sampling(self, dataset: MultiTaskDataset, args: MultiTaskTrainingArguments) -> None:
+        mixing_probabilities(args.task_sampling, dataset.sizes, args.task_sampling_kwargs, num_epochs=1)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of mixed batches: rank-aware, a pure function of seed and epoch."""
+        if not self.tasks or self.train_dataset is None:
+            return super().get_train_dataloader()
+        args = self.args
+        sampler = make_sampler(args, self.train_dataset.sizes, self._train_batch_size)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        loader = self.accelerator.prepare(loader)
+        if args.world_size > 1:
+            # The sampler knows its rank: Accelerate's wrapper must pass its batches on, and its epochs in.
+            loader.batch_sampler.num_processes = 1
+            loader.batch_sampler.process_index = 0
+            loader.batch_sampler.sampler = sampler
+        return loader
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Keep all columns: prepared rows hold nothing that is not needed."""
+        if self.tasks:
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
+    # ---- the loss ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collect the micro-batches of an optimizer step, and count its rows and items per task."""
+        if not self.tasks:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        window = count_window(batches, self.progress.tasks, device, self.args.world_size)
+        self.progress.add_window(window)
+        return batches, window
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward; heads whose task the window lacks end up without a gradient."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.tasks and self.args.world_size > 1 and self.accelerator.sync_gradients:
+            unwrapped = self.accelerator.unwrap_model(model)
+            for task in self.tasks:
+                if task.name not in num_items_in_batch.rows:
+                    # A gradient of zeros would still let the optimizer's momentum and decay move them.
+                    for parameter in unwrapped.task_parameters(task.name):
+                        parameter.grad = None
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return this micro-batch's part of the window's loss, `sum of share * weight * loss` over tasks."""
+        if not self.tasks or not isinstance(num_items_in_batch, Window):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        window = num_items_in_batch
+        outputs = model(**{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}})
+        shares = window.shares(self.args.loss_reduction)
+        weights = {task.name: task.weight for task in self.tasks}
+        losses = outputs["task_losses"]
+        loss = sum(shares[task] * weights[task] * task_loss for task, task_loss in losses.items())
+        self.progress.add_losses(losses)
+        if self.args.world_size > 1:
+            # Data parallelism takes the mean over processes of what is a sum; and it waits for every parameter.
+            unwrapped = self.accelerator.unwrap_model(model)
+            idle = [p for task in self.tasks if task.name not in losses for p in unwrapped.task_parameters(task.name)]
+            loss = loss * self.args.world_size + sum(0.0 * parameter.sum() for parameter in idle)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `loss/<task>` and `share/<task>` to the log lines of training."""
+        if self.tasks and "loss" in logs and "learning_rate" in logs:
+            logs = logs | self.progress.drain(self.args.device, self.args.world_size)
+        super().log(logs, start_time)
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save what `Trainer` saves, and the rows seen by task."""
+        super()._save_checkpoint(model, trial)
+        if self.tasks and self.args.should_save:
+            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            (folder / STATE_NAME).write_text(json.dumps({"rows_seen": self.progress.rows_seen}, indent=2) + "\n")
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Begin or resume the count of rows."""
+        if self.tasks:
+            checkpoint = (
+                inspect.signature(super()._init_training_state)
+                .bind(*args, **kwargs)
+                .arguments.get("resume_from_checkpoint")
+            )
+            path = Path(checkpoint or "", STATE_NAME)
+            self.progress.restart(json.loads(path.read_text())["rows_seen"] if checkpoint and path.exists() else {})
+        return super()._init_training_state(*args, **kwargs)
+
+
+def make_sampler(
+    args: MultiTaskTrainingArguments, sizes: Mapping[str, int], rows_per_batch: int
+) -> MultiTaskBatchSampler:
+    """Return the batch sampler that some arguments ask for.
+
+    Args:
+        args: The arguments; their rank, processes and accumulation are the sampler's.
+        sizes: Rows by source.
+        rows_per_batch: Rows of a micro-batch on one process.
+    """
+    window = rows_per_batch * args.gradient_accumulation_steps * args.world_size
+    windows = windows_per_epoch(sum(sizes.values()), window, args.dataloader_drop_last)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs)
+
+    def probabilities(epoch: int) -> list[float]:
+        return mixing_probabilities(
+            args.task_sampling,
+            sizes,
+            args.task_sampling_kwargs,
+            epoch=epoch,
+            num_epochs=math.ceil(steps / windows),
+            total_rows=steps * window,
+        )
+
+    return MultiTaskBatchSampler(
+        sizes,
+        probabilities,
+        rows_per_batch=rows_per_batch,
+        accumulation=args.gradient_accumulation_steps,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        composition=args.batch_composition,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def _check_output_dir(output_dir: str | None) -> None:
+    """Raise unless the output folder exists and can be written, or can be made."""
+    path = Path(output_dir or "tmp_trainer").absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {output_dir!r} cannot be made: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {output_dir!r} cannot be written: no permission for {str(existing)!r}")

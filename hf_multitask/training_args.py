@@ -1,0 +1,87 @@
+"""Arguments of the multi-task trainer, beside those of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .data.sampling import check_mixing
+from .models.task import closest
+
+__all__ = ["MultiTaskTrainingArguments"]
+
+_COMPOSITIONS = ("mixed", "single_task")
+_REDUCTIONS = ("rows", "tasks")
+
+
+@dataclass
+class MultiTaskTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the choices that several tasks bring along.
+
+    What rows come:
+
+    - `task_sampling`: how often each dataset is read; a name in [`hf_multitask.data.sampling.MIXING`]. The default,
+      `temperature`, takes size^0.75: large datasets come less often than in proportion, small ones more often.
+    - `task_sampling_kwargs`: the strategy's own arguments, such as `{"alpha": 0.5}` or `{"weights": {...}}`.
+    - `batch_composition`: `mixed` fills every batch from all datasets; `single_task` takes all rows of a batch from
+      one, which pads less where lengths differ much but makes consecutive steps (without accumulation) pull in
+      different directions.
+    - `max_length`: longest input in tokens, special tokens included; longer ones are truncated. None takes what
+      tokenizer and backbone allow.
+    - `dataset_num_proc`: processes that tokenize.
+
+    What counts:
+
+    - `loss_reduction`: `rows` weighs each task's mean loss with its share of the rows of an optimizer step, so that
+      each row counts alike and sampling decides the shares; `tasks` gives each task that is present the same share.
+    - `primary_task`: the task whose primary metric picks the best checkpoint and stops training. It sets
+      `metric_for_best_model`. Without it the mean over the tasks, `eval_average`, does.
+
+    Raises:
+        ValueError: An argument is not one of its values; the nearest is named.
+
+    Example:
+        >>> args = MultiTaskTrainingArguments("runs/out", task_sampling_kwargs={"alpha": 0.5}, report_to="none")
+        >>> args.task_sampling
+        'temperature'
+    """
+
+    task_sampling: str = field(
+        default="temperature", metadata={"help": "Mixing strategy: how often each dataset is read."}
+    )
+    task_sampling_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the mixing strategy, as JSON."}
+    )
+    batch_composition: str = field(
+        default="mixed", metadata={"help": "'mixed', or 'single_task' for batches of one dataset each."}
+    )
+    loss_reduction: str = field(
+        default="rows", metadata={"help": "Share of a task in the loss: its 'rows', or the same for all 'tasks'."}
+    )
+    primary_task: str | None = field(
+        default=None, metadata={"help": "Task whose metric picks the best checkpoint and stops training."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Longest input in tokens; longer ones are cut."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+    # Values of these may be given as JSON on a command line.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "task_sampling_kwargs"]
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        # Whether the metric was chosen; TrainingArguments fills in "loss", which several tasks do not have.
+        self._metric_was_given = self.metric_for_best_model is not None
+        self._direction_was_given = self.greater_is_better is not None
+        super().__post_init__()
+        for name, allowed in (("batch_composition", _COMPOSITIONS), ("loss_reduction", _REDUCTIONS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r} is not known{closest(value, allowed)}; choose from {allowed}")
+        assert not isinstance(self.task_sampling_kwargs, str)  # parsed by TrainingArguments
+        check_mixing(self.task_sampling, self.task_sampling_kwargs)
+        for name in ("max_length", "dataset_num_proc"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}")

@@ -1,0 +1,123 @@
+"""What one optimizer step holds: rows and items per task, over all its micro-batches and processes.
+
+The loss of a task is its summed item losses over the items of the *window*, not of the micro-batch they came in, and
+its share is its fraction of the window's rows. So the same rows give the same update whether they come as one batch
+of 32, as eight of 4, or as 16 on each of two processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["TaskProgress", "Window", "count_window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows and items of each task that occurs in a window.
+
+    Args:
+        rows: Number of rows by task; a row that two tasks read counts for each.
+        items: Number of labelled items by task: rows, or tokens for token-level tasks.
+    """
+
+    rows: dict[str, int]
+    items: dict[str, int]
+
+    def shares(self, reduction: str = "rows") -> dict[str, float]:
+        """Return each task's share of the loss; shares sum to 1.
+
+        Args:
+            reduction: `rows` for the fraction of the rows, `tasks` for the same share for every task that occurs.
+
+        Example:
+            >>> Window(rows={"a": 24, "b": 8}, items={"a": 24, "b": 96}).shares()
+            {'a': 0.75, 'b': 0.25}
+        """
+        if reduction == "tasks":
+            return {task: 1 / len(self.rows) for task in self.rows}
+        total = sum(self.rows.values())
+        return {task: rows / total for task, rows in self.rows.items()}
+
+
+def count_window(
+    batches: Iterable[Mapping[str, Any]], tasks: Sequence[str], device: torch.device, num_processes: int = 1
+) -> Window:
+    """Count rows and items of this process's micro-batches, and add up over processes.
+
+    With several processes this is a collective call: all must make it.
+
+    Args:
+        batches: The micro-batches, from [`DataCollatorForMultiTask`].
+        tasks: Names of all tasks, in the same order on every process.
+        device: Device of the one small tensor that the processes exchange.
+        num_processes: Number of processes.
+    """
+    counts = {task: [0, 0] for task in tasks}
+    for batch in batches:
+        for task, items in batch.get("num_items", {}).items():
+            counts[task][0] += batch["segments"][task].rows
+            counts[task][1] += items
+    values = list(counts.values())
+    if num_processes > 1:
+        table = torch.tensor(values, dtype=torch.int64, device=device)
+        torch.distributed.all_reduce(table)
+        values = table.tolist()
+    present = {task: value for task, value in zip(tasks, values, strict=True) if value[0]}
+    return Window({task: rows for task, (rows, _) in present.items()}, {task: n for task, (_, n) in present.items()})
+
+
+@dataclass
+class TaskProgress:
+    """Per-task losses and rows, since the last log line and since the start of training.
+
+    Losses stay on their device until they are logged, so that adding one waits for nothing.
+
+    Args:
+        tasks: Names of all tasks.
+    """
+
+    tasks: Sequence[str]
+    rows_seen: dict[str, int] = field(default_factory=dict)
+    _losses: dict[str, Tensor] = field(default_factory=dict)
+    _windows: dict[str, int] = field(default_factory=dict)
+    _rows: dict[str, int] = field(default_factory=dict)
+
+    def add_window(self, window: Window) -> None:
+        """Note the rows of a window that is about to be trained on."""
+        for task, rows in window.rows.items():
+            self.rows_seen[task] = self.rows_seen.get(task, 0) + rows
+            self._rows[task] = self._rows.get(task, 0) + rows
+            self._windows[task] = self._windows.get(task, 0) + 1
+
+    def add_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Add this micro-batch's part of each task's loss (its summed item losses over the window's items)."""
+        for task, loss in losses.items():
+            loss = loss.detach()
+            self._losses[task] = self._losses[task] + loss if task in self._losses else loss
+
+    def drain(self, device: torch.device, num_processes: int = 1) -> dict[str, float]:
+        """Return `loss/<task>` (mean over the windows that held the task) and `share/<task>`, and begin anew.
+
+        With several processes this is a collective call.
+        """
+        zero = torch.zeros((), device=device)
+        sums = torch.stack([self._losses.get(task, zero).float() for task in self.tasks])
+        if num_processes > 1:
+            torch.distributed.all_reduce(sums)
+        total = sum(self._rows.values())
+        values = zip(self.tasks, sums.tolist(), strict=True)
+        logs = {f"loss/{task}": loss / self._windows[task] for task, loss in values if task in self._windows}
+        logs |= {f"share/{task}": self._rows.get(task, 0) / total for task in self.tasks} if total else {}
+        self._losses, self._windows, self._rows = {}, {}, {}
+        return logs
+
+    def restart(self, rows_seen: Mapping[str, int]) -> None:
+        """Begin a run, from a checkpoint's rows or from none."""
+        self.rows_seen = dict(rows_seen)
+        self._losses, self._windows, self._rows = {}, {}, {}
