@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import PredictionOutput, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
 
 from .data.dataset import MultiTaskDataset
 from .data.sources import Source
@@ -19,45 +20,58 @@ from .metrics import default_metric_names, greater_is_better, metric_function, p
 from .models.task import Task, TaskType, closest
 from .training_args import MultiTaskTrainingArguments
 
-__all__ = ["MultiTaskEvaluation", "TaskMetrics", "average_metric", "check_compute_metrics", "check_primary_task"]
+__all__ = ["MultiTaskEvaluation", "SourceMetrics", "average_metric", "check_compute_metrics", "check_primary_task"]
 
 
-def task_outputs(predictions: Any) -> tuple[Any, Any, Any]:
-    """Split what an evaluation loop gathered into logits, losses of rows and items of rows (None without labels)."""
-    return predictions if isinstance(predictions, tuple) else (predictions, None, None)
+class SourceMetrics:
+    """A `compute_metrics` for the tasks that read the same rows, which share one evaluation loop.
 
-
-class TaskMetrics:
-    """A `compute_metrics` for one task.
+    What the loop gathers is a dictionary by task of `(logits, losses of rows, items of rows)`: logits alone where
+    there are no labels, losses alone where nothing else was asked for.
 
     Args:
-        task: The task.
-        custom: The user's callable or `evaluate` module, or None for the default metrics.
+        tasks: The tasks.
+        custom: By task, the user's callables or `evaluate` modules; the others get the default metrics.
         preprocess: The user's `preprocess_logits_for_metrics`.
+        prefix: Prefix of all keys.
     """
 
-    def __init__(self, task: Task, custom: Any = None, preprocess: Callable | None = None) -> None:
-        self._compute = metric_function(task, custom)
+    def __init__(
+        self, tasks: Sequence[Task], custom: Mapping[str, Any], preprocess: Callable | None, prefix: str
+    ) -> None:
+        self._compute = {task.name: metric_function(task, custom.get(task.name)) for task in tasks}
         self._preprocess = preprocess
-        # Nothing but the best label of each token is needed then; logits of every token would fill the memory.
-        self._argmax = custom is None and task.type is TaskType.TOKEN_CLASSIFICATION
+        self._prefix = prefix
+        # Nothing but the best label of each token is needed for these; logits of every token would fill the memory.
+        self._argmax = {t.name for t in tasks if t.name not in custom and t.type is TaskType.TOKEN_CLASSIFICATION}
 
-    def reduce(self, outputs: Any, labels: Any) -> Any:
+    def reduce(self, outputs: dict[str, tuple], labels: Any) -> dict[str, tuple]:
         """Shrink a batch's logits before they are kept."""
-        logits, losses, items = task_outputs(outputs)
+        return {task: self._reduce(task, values, labels) for task, values in outputs.items()}
+
+    def _reduce(self, task: str, values: tuple, labels: Any) -> tuple:
+        if len(values) == 2:  # losses only
+            return values
+        logits, *rest = values
         if self._preprocess is not None:
-            logits = self._preprocess(logits, labels)
-        elif self._argmax:
+            logits = self._preprocess(logits, labels.get(task) if labels else None)
+        elif task in self._argmax:
             # Padding added on the way (other processes have longer rows) is -100 in every logit; it is ignored later.
             logits = torch.argmax(logits, dim=-1)
-        return logits if losses is None else (logits, losses, items)
+        return (logits, *rest)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Return the task's metrics and `loss`, the mean over all of its items."""
-        logits, losses, items = task_outputs(prediction.predictions)
-        given = {"losses": losses, "inputs": prediction.inputs}
-        metrics = dict(self._compute(EvalPrediction(predictions=logits, label_ids=prediction.label_ids, **given)))
-        metrics["loss"] = float(np.sum(losses, dtype=np.float64) / max(np.sum(items), 1))
+        """Return `<prefix>_<task>_<metric>` and `<prefix>_<task>_loss`, the mean over all of the task's items."""
+        metrics: dict[str, float] = {}
+        for task, labels in prediction.label_ids.items():
+            *logits, losses, items = prediction.predictions[task]
+            values = {}
+            if logits:
+                values = self._compute[task](
+                    EvalPrediction(predictions=logits[0], label_ids=labels, losses=losses, inputs=prediction.inputs)
+                )
+            loss = float(np.sum(losses, dtype=np.float64) / max(np.sum(items), 1))
+            metrics |= {f"{self._prefix}_{task}_{key}": value for key, value in ({**values, "loss": loss}).items()}
         return metrics
 
 
@@ -136,13 +150,13 @@ def check_primary_task(
 
 
 def average_metric(
-    results: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], compute_metrics: Mapping[str, Any], prefix: str
-) -> float | None:
-    """Return the mean of the primary metrics of the evaluated tasks that are not auxiliary, or None without any.
+    metrics: Mapping[str, float], tasks: Sequence[Task], compute_metrics: Mapping[str, Any], prefix: str
+) -> float:
+    """Return the mean of the tasks' primary metrics.
 
     Args:
-        results: By task, its metrics with their full keys.
-        tasks: The model's tasks.
+        metrics: Metrics with their full keys.
+        tasks: The tasks to count.
         compute_metrics: The user's metric functions by task. Where such a task names no primary metric, it is the
             first that the function returns.
         prefix: Prefix of the keys.
@@ -152,24 +166,26 @@ def average_metric(
     """
     values = []
     for task in tasks:
-        if task.auxiliary or task.name not in results:
-            continue
-        result, custom = results[task.name], task.name in compute_metrics
+        start, custom = f"{prefix}_{task.name}_", task.name in compute_metrics
         if custom and task.metric is None:
-            values.append(next(iter(result.values())))
-            continue
-        key = f"{prefix}_{task.name}_{primary_metric(task, custom)}"
-        if key not in result:
-            raise ValueError(f"task {task.name!r}: compute_metrics returned no {task.metric!r}, only {list(result)}")
-        values.append(result[key])
-    return float(np.mean(values)) if values else None
+            key = next(key for key in metrics if key.startswith(start))
+        else:
+            key = start + primary_metric(task, custom)
+        if key not in metrics:
+            raise ValueError(f"task {task.name!r}: compute_metrics returned no {task.metric!r}")
+        values.append(metrics[key])
+    return float(np.mean(values))
 
 
 class MultiTaskEvaluation(Trainer):
-    """The part of [`MultiTaskTrainer`] that evaluates and predicts, one task after the other."""
+    """The part of [`MultiTaskTrainer`] that evaluates and predicts, one source of rows after the other."""
 
     tasks: list[Task]
     _metrics: dict[str, Any]
+
+    @abstractmethod
+    def prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
+        """Check and tokenize datasets, by name."""
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -188,18 +204,19 @@ class MultiTaskEvaluation(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         self._memory_tracker.start()
         if eval_dataset is not None:
-            eval_dataset = self._prepare_datasets(eval_dataset, "eval_dataset", metric_key_prefix, complete=False)
+            eval_dataset = self.prepare_datasets(eval_dataset, "eval_dataset", metric_key_prefix, complete=False)
         elif self.eval_dataset is None:
             raise ValueError("evaluate needs an eval_dataset")
         start, samples = time.time(), 0
-        results: dict[str, dict[str, float]] = {}
-        for task, output in self._run_tasks(eval_dataset or self.eval_dataset, metric_key_prefix, ignore_keys):
-            results[task.name] = output.metrics
+        metrics: dict[str, float] = {}
+        evaluated: list[Task] = []
+        for source, output in self._run_sources(eval_dataset or self.eval_dataset, metric_key_prefix, ignore_keys):
+            metrics |= output.metrics
             samples += output.num_samples
-        metrics = {key: value for result in results.values() for key, value in result.items()}
-        average = average_metric(results, self.tasks, self._metrics, metric_key_prefix)
-        if average is not None:
-            metrics[f"{metric_key_prefix}_average"] = average
+            evaluated += source.tasks
+        counted = [task for task in evaluated if not task.auxiliary]
+        if counted and not self.args.prediction_loss_only:
+            metrics[f"{metric_key_prefix}_average"] = average_metric(metrics, counted, self._metrics, metric_key_prefix)
         steps = -(-samples // (self.args.eval_batch_size * self.args.world_size))
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=samples, num_steps=steps)
         self.log(metrics)
@@ -222,40 +239,38 @@ class MultiTaskEvaluation(Trainer):
         if not self.tasks:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         self._memory_tracker.start()
-        dataset = self._prepare_datasets(test_dataset, "test_dataset", metric_key_prefix, complete=False, labels=None)
-        outputs, metrics = {}, {}
-        for task, output in self._run_tasks(dataset, metric_key_prefix, ignore_keys, keep_logits=True):
-            logits = task_outputs(output.predictions)[0]
-            outputs[task.name] = PredictionOutput(logits, output.label_ids, output.metrics)
+        dataset = self.prepare_datasets(test_dataset, "test_dataset", metric_key_prefix, complete=False, labels=None)
+        outputs: dict[str, PredictionOutput] = {}
+        metrics: dict[str, float] = {}
+        for source, output in self._run_sources(dataset, metric_key_prefix, ignore_keys, keep_logits=True):
+            for task in source.tasks:
+                start = f"{metric_key_prefix}_{task.name}_"
+                outputs[task.name] = PredictionOutput(
+                    predictions=output.predictions[task.name][0],
+                    label_ids=(output.label_ids or {}).get(task.name),
+                    metrics={key: value for key, value in output.metrics.items() if key.startswith(start)},
+                )
             metrics |= output.metrics
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return outputs
 
-    def _run_tasks(
+    def _run_sources(
         self, dataset: MultiTaskDataset, prefix: str, ignore_keys: list[str] | None, keep_logits: bool = False
-    ) -> Iterator[tuple[Task, Any]]:
-        """Yield each task that has rows in a dataset, with the output of its evaluation loop."""
-        for task in self.tasks:
-            rows = dataset.select_task(task)
-            if rows is None:
-                continue
-            loader = self._get_dataloader(
-                rows, f"Evaluation of {task.name}", self.args.eval_batch_size, self._get_eval_sampler
-            )
-            with self._metrics_of(task, keep_logits):
-                yield (
-                    task,
-                    self.evaluation_loop(
-                        loader, f"Evaluation of {task.name}", None, ignore_keys, f"{prefix}_{task.name}"
-                    ),
-                )
+    ) -> Iterator[tuple[Source, EvalLoopOutput]]:
+        """Run one evaluation loop for each source: tasks that read the same rows share the encoder's pass."""
+        for rows in dataset.split():
+            (source,) = rows.sources
+            description = f"Evaluation of {', '.join(task.name for task in source.tasks)}"
+            loader = self._get_dataloader(rows, description, self.args.eval_batch_size, self._get_eval_sampler)
+            with self._metrics_of(source, prefix, keep_logits):
+                yield source, self.evaluation_loop(loader, description, None, ignore_keys, prefix)
 
     @contextmanager
-    def _metrics_of(self, task: Task, keep_logits: bool) -> Iterator[None]:
-        """Make `evaluation_loop` compute one task's metrics, whose function `Trainer` keeps in attributes."""
+    def _metrics_of(self, source: Source, prefix: str, keep_logits: bool) -> Iterator[None]:
+        """Make `evaluation_loop` compute the metrics of some tasks; `Trainer` keeps the functions in attributes."""
         kept = self.compute_metrics, self.preprocess_logits_for_metrics
-        metrics = TaskMetrics(task, self._metrics.get(task.name), kept[1])
+        metrics = SourceMetrics(source.tasks, self._metrics, kept[1], prefix)
         self.compute_metrics = metrics
         self.preprocess_logits_for_metrics = None if keep_logits else metrics.reduce
         try:
@@ -270,21 +285,22 @@ class MultiTaskEvaluation(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Return (None, (logits, loss of each row, items of each row), labels) of a batch of one task.
+        """Return (None, {task: (logits, loss of each row, items of each row)}, {task: labels}) of a batch.
 
-        Losses travel per row, so that a gathered evaluation on many processes counts each row once, and
+        Losses travel per row, so that an evaluation gathered from many processes counts each row once, and
         `eval_<task>_loss` is the mean over items however they fell into batches.
         """
         if not self.tasks:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         inputs.pop("num_items", None)
-        (task,) = inputs["segments"]
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
-        logits = outputs["logits"][task].float()
-        if "labels" not in inputs:
-            return None, logits, None
-        labels = inputs["labels"][task]
-        items = self.accelerator.unwrap_model(model).heads[task].row_items(labels)
-        return None, (logits, outputs["row_losses"][task], items), labels
+        labels = inputs.get("labels", {})
+        heads = self.accelerator.unwrap_model(model).heads
+        results: dict[str, tuple] = {}
+        for task, logits in outputs["logits"].items():
+            results[task] = () if prediction_loss_only and task in labels else (logits.float(),)
+            if task in labels:
+                results[task] += (outputs["row_losses"][task], heads[task].row_items(labels[task]))
+        return None, results, labels or None

@@ -7,10 +7,10 @@ A [`Predictor`] is what `hf-multitask predict` runs. Answers by task type:
 | `single_label_classification` | `{"label": ..., "score": ...}` |
 | `multi_label_classification` | `[{"label": ..., "score": ...}, ...]`, those above 0.5 |
 | `regression` | a number, or `{name: number}` where the task names several values |
-| `token_classification` | entities `[{"label", "text", "start", "end", "score"}, ...]`; with tags that are no BIO scheme, every word |
+| `token_classification` | entities `[{"label", "text", "start", "end", "score"}, ...]` |
 
-Scores are probabilities in [0, 1]; `start` and `end` count characters of the text (words, for input that is a list
-of words).
+Scores are probabilities in [0, 1], an entity's is that of its least certain word; `start` and `end` count characters
+of the text (words, for input that is a list of words). Where tags are no BIO scheme, every word is listed.
 """
 
 from __future__ import annotations

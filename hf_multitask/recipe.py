@@ -20,7 +20,8 @@ A task has the fields of [`Task`]; `labels` may be left out where the training r
   `.json` and `.csv`); those that exist are taken, relative to the current directory;
 - `quickstart:NAME`, data that comes from the package registry (see [`hf_multitask.quickstart`]);
 - a mapping of arguments of `datasets.load_dataset` (`path`, `name`, `revision`, `data_files`, `data_dir`) and, where
-  splits have other names, `train`, `validation`, `test`; `validation: 0.1` takes a tenth of the training rows.
+  splits have other names, `train`, `validation`, `test`; `validation: 0.1` takes a tenth of the training rows, and
+  `test: null` leaves a split out.
 
 Tasks with the same `dataset` read the same rows. A backbone may be `quickstart:NAME`, too.
 """
@@ -286,7 +287,7 @@ def load_splits(spec: str | Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
         raise ValueError(f"dataset {spec}: expected splits, got {type(loaded).__name__}")
     splits = {}
     for split, name in chosen.items():
-        if isinstance(name, float):
+        if name is None or isinstance(name, float):
             continue
         if name in loaded:
             splits[split] = loaded[name]

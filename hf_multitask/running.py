@@ -44,12 +44,15 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
         eval_dataset=parts.datasets["validation"] or None,
         processing_class=parts.tokenizer,
     )
+    test = None
+    if parts.datasets["test"]:
+        test = trainer.prepare_datasets(parts.datasets["test"], "test", "test", complete=False)
     outcome = trainer.train(resume_from_checkpoint=True if resume else None)
     trainer.save_model()
     trainer.save_state()
     metrics = trainer.evaluate() if parts.datasets["validation"] else {}
-    if parts.datasets["test"]:
-        metrics |= trainer.evaluate(parts.datasets["test"], metric_key_prefix="test")
+    if test is not None:
+        metrics |= trainer.evaluate(test, metric_key_prefix="test")
     results = collect_results(recipe, trainer, metrics, outcome.metrics)
     if trainer.is_world_process_zero():
         file = Path(trainer.args.output_dir, "results.json")

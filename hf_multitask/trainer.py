@@ -1,7 +1,7 @@
 """`MultiTaskTrainer`: `transformers.Trainer` for one model and many tasks.
 
 With a plain model it is `Trainer`, bit for bit. With a multi-task model it prepares a dictionary of datasets, mixes
-them, weighs losses over whole optimizer steps, logs each task, and evaluates one task after the other.
+them, weighs losses over whole optimizer steps, and logs and evaluates each task.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
             _check_output_dir(args.output_dir)
             with args.main_process_first(desc="preparing datasets"):
                 if train_dataset is not None:
-                    train_dataset = self._prepare_datasets(train_dataset, "train_dataset", "train")
+                    train_dataset = self.prepare_datasets(train_dataset, "train_dataset", "train")
                     self._check_sampling(train_dataset, args)
                 if eval_dataset is not None:
-                    eval_dataset = self._prepare_datasets(eval_dataset, "eval_dataset", "eval", complete=False)
+                    eval_dataset = self.prepare_datasets(eval_dataset, "eval_dataset", "eval", complete=False)
             data_collator = data_collator or DataCollatorForMultiTask(processing_class, self.tasks)
             compute_metrics = None
             # What `compute_loss` returns is divided by the items of the whole window already.
@@ -151,9 +151,21 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
         if args.ddp_find_unused_parameters is None:
             # Heads without rows get a term of zero instead (see `compute_loss`): no search through the graph.
             args.ddp_find_unused_parameters = False
+        if not torch.accelerator.is_available():
+            args.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
         return args
 
-    def _prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
+    def prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
+        """Check and tokenize datasets, by name; `evaluate` and `predict` take the result as well.
+
+        Args:
+            datasets: Datasets by name, or ones that were prepared before.
+            argument: Name of the argument they came by, for messages.
+            split: Name of the split, for messages.
+            **options: `complete` (every task must have rows), `labels` (None if label columns may be missing).
+        """
+        if isinstance(datasets, MultiTaskDataset):
+            return datasets
         return prepare_sources(datasets, self._sources, argument, split=split, **options, **self._preparing)
 
     def _check_sampling(self, dataset: MultiTaskDataset, args: MultiTaskTrainingArguments) -> None:

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from ..models.task import Task, closest
+from ..models.task import closest
 from .preprocessing import prepare
-from .sources import Source, label_key
+from .sources import Source
 
 __all__ = ["MultiTaskDataset", "as_mapping", "prepare_sources"]
+
+
+class _Column:
+    """One column of a prepared source, read row by row straight out of Arrow's memory, without a copy.
+
+    `datasets.Dataset` builds a table for every access; with a row from each of many sources in a batch that alone
+    would cost more than padding them.
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._ends = np.cumsum([len(chunk) for chunk in chunks]).tolist()
+        self._parts: list[tuple[np.ndarray, list[int] | np.ndarray | None]] = []
+        for chunk in chunks:
+            if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+                self._parts.append((chunk.values.to_numpy(), chunk.offsets.to_numpy()))
+            else:
+                self._parts.append((chunk.to_numpy(), None))
+
+    def __getitem__(self, row: int) -> np.ndarray | int:
+        part = bisect_right(self._ends, row) if len(self._ends) > 1 else 0
+        if part:
+            row -= self._ends[part - 1]
+        values, offsets = self._parts[part]
+        return values[row].item() if offsets is None else values[offsets[row] : offsets[row + 1]]
 
 
 class MultiTaskDataset(torch.utils.data.Dataset):
@@ -27,7 +54,20 @@ class MultiTaskDataset(torch.utils.data.Dataset):
     def __init__(self, sources: Sequence[Source], rows: Mapping[str, Dataset]) -> None:
         self.sources = list(sources)
         self.rows = [rows[source.name] for source in self.sources]
-        self._ends = np.cumsum([len(part) for part in self.rows])
+        self._open()
+
+    def _open(self) -> None:
+        self.rows = [part if part._indices is None else part.flatten_indices() for part in self.rows]
+        self._ends = np.cumsum([len(part) for part in self.rows]).tolist()
+        self._columns = [[(name, _Column(part.data.column(name))) for name in part.column_names] for part in self.rows]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the views of memory behind: another process opens the files itself."""
+        return {"sources": self.sources, "rows": self.rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -36,36 +76,25 @@ class MultiTaskDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         """Return the number of rows of all sources."""
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row: its columns, and its `source`."""
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return several rows, in order; one read per source, however many rows."""
-        places = np.asarray(indices)
-        which = np.searchsorted(self._ends, places, side="right")
-        result: list[dict[str, Any]] = [{}] * len(places)
-        for number in np.unique(which).tolist():
-            positions = np.flatnonzero(which == number)
-            part = self.rows[number]
-            columns = part[(places[positions] - (self._ends[number] - len(part))).tolist()]
-            source = self.sources[number]
-            for i, position in enumerate(positions.tolist()):
-                result[position] = {"source": source, **{key: values[i] for key, values in columns.items()}}
+        """Return one row: its `source`, and its columns as numbers and arrays."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        row = index - self._ends[number - 1] if number else index
+        result: dict[str, Any] = {"source": self.sources[number]}
+        for name, column in self._columns[number]:
+            result[name] = column[row]
         return result
 
-    def select_task(self, task: Task) -> MultiTaskDataset | None:
-        """Return the rows that one task reads, with its labels only; None where its source has no rows here."""
-        for source, part in zip(self.sources, self.rows, strict=True):
-            if task in source.tasks:
-                others = [label_key(other.name) for other in source.tasks if other is not task]
-                alone = Source(source.name, source.dataset, (task,))
-                return MultiTaskDataset(
-                    [alone], {source.name: part.remove_columns([c for c in others if c in part.column_names])}
-                )
-        return None
+    def split(self) -> list[MultiTaskDataset]:
+        """Return one dataset per source."""
+        return [
+            MultiTaskDataset([source], {source.name: part})
+            for source, part in zip(self.sources, self.rows, strict=True)
+        ]
 
 
 def as_mapping(datasets: Any, sources: Sequence[Source], argument: str, *, complete: bool) -> dict[str, Any]:

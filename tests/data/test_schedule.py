@@ -1,0 +1,309 @@
+"""The sampler's laws: exact shares at every prefix, every row once per pass, one order for every layout."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hf_multitask.data.collator import DataCollatorForMultiTask
+from hf_multitask.data.dataset import prepare_sources
+from hf_multitask.data.sampling import MIXING, mixing_probabilities
+from hf_multitask.data.schedule import MultiTaskBatchSampler, Schedule, windows_per_epoch
+from hf_multitask.data.sources import make_sources
+
+EPOCHS = 4
+
+
+def lopsided(count: int) -> dict[str, int]:
+    """Sizes between 3 and some hundred rows, no two datasets far apart in the list alike."""
+    return {f"d{i}": 3 + (i * 37) % 41 + (400 if i % 7 == 0 else 0) for i in range(count)}
+
+
+def probabilities_of(name: str, sizes: dict[str, int]):
+    kwargs = {
+        "capped": {"cap": 60},
+        "weighted": {"weights": {dataset: (i % 5 + 1) ** 2 for i, dataset in enumerate(sizes)}},
+    }.get(name)
+
+    def probabilities(epoch: int) -> list[float]:
+        return mixing_probabilities(
+            name, sizes, kwargs, epoch=epoch, num_epochs=EPOCHS, total_rows=EPOCHS * sum(sizes.values())
+        )
+
+    return probabilities
+
+
+def make_sampler(sizes: dict[str, int], probabilities=None, **options) -> MultiTaskBatchSampler:
+    return MultiTaskBatchSampler(
+        sizes, probabilities or probabilities_of("temperature", sizes), **{"rows_per_batch": 8, **options}
+    )
+
+
+def batches(sampler: MultiTaskBatchSampler, epochs=range(EPOCHS)) -> list[list[list[int]]]:
+    """Return the batches of each epoch."""
+    result = []
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        result.append(list(sampler))
+    return result
+
+
+def dataset_numbers(sizes: dict[str, int], rows) -> np.ndarray:
+    return np.searchsorted(np.cumsum(list(sizes.values())), np.asarray(rows), side="right")
+
+
+def largest_deviation(indices: list[np.ndarray], probabilities) -> float:
+    """Return the largest difference, at any prefix of several epochs, between a count and its target."""
+    targets = np.concatenate([np.tile(probabilities(epoch), (len(part), 1)) for epoch, part in enumerate(indices)])
+    came = np.eye(targets.shape[1])[np.concatenate(indices)]
+    return np.abs(np.cumsum(came, 0) - np.cumsum(targets, 0)).max()
+
+
+def bound(count: int) -> float:
+    return 1 - 1 / (2 * count - 2) if count > 1 else 0.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 100])
+@pytest.mark.parametrize("name", MIXING)
+def test_every_prefix_has_each_share_to_within_one_row(name, count):
+    sizes = lopsided(count)
+    probabilities = probabilities_of(name, sizes)
+    rows = [np.concatenate(epoch) for epoch in batches(make_sampler(sizes, probabilities))]
+    assert all(len(epoch) == -(-sum(sizes.values()) // 8) * 8 for epoch in rows)
+    deviation = largest_deviation([dataset_numbers(sizes, epoch) for epoch in rows], probabilities)
+    assert deviation <= bound(count) + 1e-6
+
+
+@pytest.mark.parametrize("count", [2, 3, 16, 100])
+def test_shares_that_change_with_each_epoch_are_kept_too(count):
+    draw = np.random.default_rng(count)
+    table = draw.random((6, count)) + 0.05
+    table /= table.sum(1, keepdims=True)
+    schedule = Schedule(lambda epoch: table[min(epoch, 5)].tolist(), 3 * count + 1)
+    indices = [np.array(list(schedule.epoch(epoch))) for epoch in range(6)]
+    assert largest_deviation(indices, lambda epoch: table[epoch]) <= bound(count) + 1e-6
+
+
+def test_two_equal_shares_take_turns():
+    schedule = Schedule(lambda epoch: [0.5, 0.5], 7)
+    order = [index for epoch in range(3) for index in schedule.epoch(epoch)]
+    assert order == [order[0], 1 - order[0]] * 10 + [order[0]]
+
+
+def test_an_exact_share_comes_exactly():
+    counts = np.bincount(list(Schedule(lambda epoch: [0.7, 0.2, 0.1], 1000).epoch(0)))
+    assert counts.tolist() == [700, 200, 100]
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+@pytest.mark.parametrize("name", MIXING)
+def test_every_row_comes_once_per_pass(name, composition):
+    sizes = {"a": 60, "b": 41, "c": 17, "one": 1, "two": 2}
+    sampler = make_sampler(sizes, probabilities_of(name, sizes), composition=composition)
+    rows = np.concatenate(sum(batches(sampler, range(30)), []))
+    start = 0
+    for number, size in enumerate(sizes.values()):
+        own = rows[dataset_numbers(sizes, rows) == number] - start
+        whole = len(own) // size
+        assert whole >= 1
+        passes = own[: whole * size].reshape(whole, size)
+        assert (np.sort(passes, 1) == np.arange(size)).all()
+        assert len(set(own[whole * size :])) == len(own) % size
+        if size > 9:
+            assert len({tuple(one) for one in passes}) == whole  # a new order in each pass
+            assert not (passes[0] == np.arange(size)).all()
+        start += size
+
+
+LAYOUTS = {"1 process x 32": (32, 1, 1), "8 batches x 4": (4, 8, 1), "2 processes x 16": (16, 1, 2), "all": (4, 4, 2)}
+
+
+def windows(layout: str, sizes: dict[str, int], **options) -> list[list[list[int]]]:
+    """Return, per epoch, the sorted rows of each window."""
+    rows_per_batch, accumulation, num_processes = LAYOUTS[layout]
+    ranks = [
+        batches(
+            make_sampler(
+                sizes,
+                probabilities_of("annealed", sizes),
+                rows_per_batch=rows_per_batch,
+                accumulation=accumulation,
+                num_processes=num_processes,
+                process_index=rank,
+                **options,
+            )
+        )
+        for rank in range(num_processes)
+    ]
+    result = []
+    for epoch in range(EPOCHS):
+        parts = [rank[epoch] for rank in ranks]
+        assert len({len(part) for part in parts}) == 1
+        assert all(len(batch) == rows_per_batch for part in parts for batch in part)
+        steps = range(0, len(parts[0]), accumulation)
+        result.append(
+            [sorted(row for part in parts for batch in part[i : i + accumulation] for row in batch) for i in steps]
+        )
+    return result
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_every_layout_has_the_same_rows_in_every_window(layout, drop_last):
+    sizes = {"a": 310, "b": 47, "c": 5}
+    expected = windows("1 process x 32", sizes, drop_last=drop_last)
+    assert [len(epoch) for epoch in expected] == [362 // 32 if drop_last else 362 // 32 + 1] * EPOCHS
+    assert windows(layout, sizes, drop_last=drop_last) == expected
+
+
+def test_processes_read_different_places_of_one_sequence():
+    sizes = {"a": 50, "b": 30}
+    whole = sum(batches(make_sampler(sizes, rows_per_batch=4, num_processes=1))[0], [])
+    parts = [batches(make_sampler(sizes, rows_per_batch=4, num_processes=2, process_index=rank))[0] for rank in (0, 1)]
+    interleaved = [row for pair in zip(*parts, strict=True) for batch in pair for row in batch]
+    assert interleaved == whole
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+@pytest.mark.parametrize("name", MIXING)
+def test_an_epoch_does_not_depend_on_what_was_read_before(name, composition):
+    sizes = lopsided(3)
+
+    def fresh():
+        return make_sampler(sizes, probabilities_of(name, sizes), composition=composition)
+
+    expected = batches(fresh())
+    assert batches(fresh(), [3]) == expected[3:]
+    assert batches(fresh(), [3, 0, 2, 2, 1]) == [expected[i] for i in (3, 0, 2, 2, 1)]
+    interrupted = fresh()
+    iterator = iter(interrupted)
+    assert [next(iterator) for _ in range(5)] == expected[0][:5]
+    assert batches(interrupted, [0, 1]) == expected[:2]
+    assert expected[0] != expected[1]
+
+
+def test_global_random_state_is_neither_read_nor_changed():
+    sizes = lopsided(3)
+
+    def run(seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        result = batches(make_sampler(sizes))
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+        return result
+
+    assert run(1) == run(2)
+
+
+def test_another_dataset_does_not_change_a_datasets_own_order():
+    def order(sizes, name):
+        numbers, start = list(sizes), 0
+        for before in numbers[: numbers.index(name)]:
+            start += sizes[before]
+        rows = np.concatenate(sum(batches(make_sampler(sizes)), []))
+        return (rows[dataset_numbers(sizes, rows) == numbers.index(name)] - start).tolist()
+
+    alone = order({"a": 60, "b": 20}, "b")
+    beside = order({"new": 35, "a": 60, "b": 20}, "b")
+    common = min(len(alone), len(beside))
+    assert common >= 40 and alone[:common] == beside[:common]
+
+
+def test_datasets_of_equal_size_have_orders_of_their_own():
+    sizes = {"a": 40, "b": 40}
+    rows = np.concatenate(batches(make_sampler(sizes))[0])
+    assert rows[rows < 40].tolist() != (rows[rows >= 40] - 40).tolist()
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+def test_a_seed_changes_the_rows_but_not_the_datasets(composition):
+    sizes = lopsided(3)
+    one, same, other = (
+        np.concatenate(batches(make_sampler(sizes, seed=seed, composition=composition))[0]) for seed in (1, 1, 2)
+    )
+    assert (one == same).all() and (one != other).any()
+    assert (dataset_numbers(sizes, one) == dataset_numbers(sizes, other)).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16])
+@pytest.mark.parametrize("name", MIXING)
+def test_single_task_batches_hold_one_dataset_and_keep_its_share_of_batches(name, count):
+    sizes = lopsided(count)
+    probabilities = probabilities_of(name, sizes)
+    indices = []
+    for epoch in batches(make_sampler(sizes, probabilities, composition="single_task", accumulation=2)):
+        numbers = [set(dataset_numbers(sizes, batch).tolist()) for batch in epoch]
+        assert all(len(batch) == 8 for batch in epoch) and all(len(number) == 1 for number in numbers)
+        indices.append(np.array([number.pop() for number in numbers]))
+    assert largest_deviation(indices, probabilities) <= bound(count) + 1e-6
+
+
+def test_single_task_batches_are_the_same_for_processes_and_accumulation():
+    sizes = lopsided(3)
+    one = batches(make_sampler(sizes, composition="single_task", accumulation=2))
+    ranks = [batches(make_sampler(sizes, composition="single_task", num_processes=2, process_index=r)) for r in (0, 1)]
+    for epoch in range(EPOCHS):
+        assert one[epoch] == [batch for pair in zip(ranks[0][epoch], ranks[1][epoch], strict=True) for batch in pair]
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+def test_a_dataset_of_weight_0_never_comes(composition):
+    sizes = {"a": 30, "never": 500, "b": 20}
+    probabilities = [0.25, 0.0, 0.75]
+    sampler = make_sampler(sizes, lambda epoch: probabilities, composition=composition)
+    numbers = dataset_numbers(sizes, np.concatenate(sum(batches(sampler), [])))
+    assert set(numbers.tolist()) == {0, 2}
+
+
+def test_a_small_dataset_does_not_end_the_epoch():
+    sizes = {"large": 200, "small": 2}
+    rows = np.concatenate(batches(make_sampler(sizes, probabilities_of("uniform", sizes)))[0])
+    assert len(rows) == 208 and (rows >= 200).sum() == 104
+
+
+@pytest.mark.parametrize(
+    ("options", "drop_last", "windows_expected"),
+    [
+        ({"rows_per_batch": 10}, False, 11),
+        ({"rows_per_batch": 10}, True, 10),
+        ({"rows_per_batch": 15}, False, 7),
+        ({"rows_per_batch": 15}, True, 7),
+        ({"rows_per_batch": 4, "accumulation": 5}, False, 6),
+        ({"rows_per_batch": 4, "accumulation": 5}, True, 5),
+        ({"rows_per_batch": 4, "accumulation": 3, "num_processes": 2}, False, 5),
+        ({"rows_per_batch": 200}, False, 1),
+        ({"rows_per_batch": 200}, True, 1),
+    ],
+)
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+def test_an_epoch_is_whole_windows_for_as_many_rows_as_there_are(options, drop_last, windows_expected, composition):
+    sampler = make_sampler({"a": 60, "b": 45}, drop_last=drop_last, composition=composition, **options)
+    found = batches(sampler, [0])[0]
+    assert len(found) == len(sampler) == windows_expected * options.get("accumulation", 1)
+    assert {len(batch) for batch in found} == {options["rows_per_batch"]}
+    window = options["rows_per_batch"] * options.get("accumulation", 1) * options.get("num_processes", 1)
+    assert windows_per_epoch(105, window, drop_last) == windows_expected
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+def test_workers_load_the_same_batches(datasets, tasks, tokenizer, composition):
+    rows = prepare_sources(datasets, make_sources(tasks), "train_dataset", tokenizer=tokenizer, max_length=32)
+
+    def load(workers):
+        sampler = make_sampler(rows.sizes, composition=composition)
+        sampler.set_epoch(1)
+        collator = DataCollatorForMultiTask(tokenizer, tasks)
+        return list(DataLoader(rows, batch_sampler=sampler, collate_fn=collator, num_workers=workers))
+
+    here, there = load(0), load(2)
+    assert len(here) == len(there) == -(-len(rows) // 8)
+    for one, other in zip(here, there, strict=True):
+        assert one.keys() == other.keys() and one["segments"] == other["segments"]
+        assert torch.equal(one["input_ids"], other["input_ids"])
+        assert all(torch.equal(one["labels"][task], other["labels"][task]) for task in one["labels"])

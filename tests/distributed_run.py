@@ -1,0 +1,65 @@
+"""One run on one or several processes; `test_distributed.py` starts it. Rank 0 saves weights, metrics and logs."""
+
+import os
+import sys
+import tempfile
+
+import torch
+from conftest import BACKBONES, make_datasets, make_tasks, make_tokenizer
+
+from hf_multitask import HardSharingModel, MultiTaskTrainer, MultiTaskTrainingArguments
+
+
+def main(out: str, composition: str, reduction: str) -> None:
+    torch.manual_seed(0)
+    model = HardSharingModel.from_backbone(BACKBONES["bert"](), make_tasks())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # which random numbers a row gets depends on the layout
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args = MultiTaskTrainingArguments(
+        tempfile.mkdtemp(),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4 // processes,
+        per_device_eval_batch_size=3,
+        learning_rate=0.05,
+        optim="sgd",
+        logging_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        batch_composition=composition,
+        loss_reduction=reduction,
+        task_sampling="weighted",
+        # `traits` has no rows at all, `names` none in some micro-batches of some processes
+        task_sampling_kwargs={"weights": {"reviews": 6, "traits": 0, "names": 1}},
+    )
+    datasets = make_datasets(rows=44)
+    idle = [parameter.detach().clone() for parameter in model.heads["traits"].parameters()]
+    trainer = MultiTaskTrainer(
+        model, args, train_dataset=datasets, eval_dataset=datasets, processing_class=make_tokenizer()
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    states = {id(parameter) for parameter, state in trainer.optimizer.state.items() if state}
+    now = list(model.heads["traits"].parameters())
+    if trainer.is_world_process_zero():
+        logs = [line for line in trainer.state.log_history if "loss" in line]
+        torch.save(
+            {
+                "weights": {name: parameter.detach() for name, parameter in model.named_parameters()},
+                "metrics": metrics,
+                "logs": logs,
+                "rows_seen": trainer.progress.rows_seen,
+                "idle_is_untouched": all(torch.equal(a, b) for a, b in zip(idle, now, strict=True)),
+                "idle_has_no_state": not states & {id(parameter) for parameter in now},
+            },
+            out,
+        )
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import BACKBONES, make_datasets, make_tokenizer
+
+from hf_multitask import AutoModelForMultiTask
+from hf_multitask.recipe import build, load_recipe, load_splits
+from hf_multitask.running import run_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A backbone, data files and a recipe, as a user would have them."""
+    BACKBONES["bert"]().save_pretrained(tmp_path / "backbone")
+    make_tokenizer().save_pretrained(tmp_path / "backbone")
+    for split, seed in (("train", 0), ("validation", 1), ("test", 2)):
+        for name, rows in make_datasets(seed).items():
+            rows.to_parquet(tmp_path / f"{name}-{split}.parquet")
+    reviews = str(tmp_path / "reviews-{split}.parquet")
+    recipe = {
+        "model": {"backbone": str(tmp_path / "backbone"), "sharing": "hard", "head_dropout": 0.0},
+        "tasks": [
+            {"name": "tone", "type": "single_label_classification", "dataset": reviews},
+            {"name": "strength", "type": "regression", "dataset": reviews, "label_column": "strength"},
+            {"name": "names", "type": "token_classification", "dataset": str(tmp_path / "names-{split}.parquet")},
+        ],
+        "training": {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        },
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.tasks and recipe.training["output_dir"] == f"runs/{path.stem}"
+
+
+def test_a_recipe_runs_and_leaves_a_model_and_results(folder):
+    table = run_recipe(folder / "job.yaml")
+    results = json.loads((folder / "out" / "results.json").read_text())
+    for name, metric in (("tone", "accuracy"), ("strength", "pearson"), ("names", "f1")):
+        task = results["tasks"][name]
+        assert task["primary_metric"] == metric and metric in task["validation"] and metric in task["test"]
+        line = next(line for line in table.splitlines() if line.startswith(f"{name} "))
+        assert f"{task['validation'][metric]:.3f}" in line and f"{task['rows_seen']:,}" in line
+    assert results["tasks"]["tone"]["rows_seen"] == results["tasks"]["strength"]["rows_seen"] > 0
+    assert results["steps"] == 3 and results["recipe"]["training"]["max_steps"] == 3
+    model = AutoModelForMultiTask.from_pretrained(folder / "out")
+    assert [task.name for task in model.tasks] == ["tone", "strength", "names"]
+    assert model.tasks[0].labels == ("negative", "positive") and model.tasks[2].labels[0] == "O"
+
+
+def test_tasks_with_the_same_dataset_share_rows(folder):
+    parts = build(load_recipe(folder / "job.yaml"))
+    assert set(parts.datasets["train"]) == {"reviews", "names"} == set(parts.datasets["test"])
+    assert parts.model.tasks[0].dataset == parts.model.tasks[1].dataset == "reviews"
+
+
+def test_settings_change_values_of_tasks_by_name_and_number(folder):
+    settings = ["training.max_steps=7", "tasks.tone.weight=0.5", "tasks.1.head=linear", "training.learning_rate=1e-4"]
+    recipe = load_recipe(folder / "job.yaml", [*settings, "training.task_sampling_kwargs={alpha: 0.5}"])
+    assert recipe.training["max_steps"] == 7 and recipe.training["learning_rate"] == 1e-4
+    assert recipe.tasks[0]["weight"] == 0.5 and recipe.tasks[1]["head"] == "linear"
+    assert recipe.training["task_sampling_kwargs"] == {"alpha": 0.5}
+
+
+BAD = {
+    "tranining.max_steps=3": "'tranining', did you mean 'training'",
+    "training.max_stepz=3": "'max_stepz', did you mean 'max_steps'",
+    "tasks.tone.lables=[a]": "'lables', did you mean 'labels'",
+    "tasks.tune.weight=1": "'tune', did you mean 'tone'",
+    "model.backbonne=x": "'backbonne', did you mean 'backbone'",
+    "model.sharing=herd": "'herd' is not known, did you mean 'hard'",
+    "model.poling=mean": "'poling', did you mean 'pooling'",
+    "tasks=[]": "tasks must be a list",
+    "tasks.tone.dataset=3": "dataset must be a name or a mapping",
+    "training.max_steps": "write it as key=value",
+    "tasks.names.dataset=nowhere-{split}.parquet": "'nowhere-train.parquet' does not exist",
+    "tasks.tone.type=clasification": "'clasification' is not known",
+    "tasks.tone.label_column=strength": "give labels",
+    "tasks.tone.dataset={path: parquet, trian: x}": "'trian', did you mean 'train'",
+}
+
+
+@pytest.mark.parametrize("setting", BAD)
+def test_a_mistake_in_a_recipe_is_named_with_the_closest_key(folder, setting):
+    with pytest.raises(ValueError) as error:
+        build(load_recipe(folder / "job.yaml", [setting]))
+    assert BAD[setting] in str(error.value)
+    assert not (folder / "out").exists()
+
+
+def test_a_recipe_that_is_no_recipe_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_recipe(tmp_path / "no.yaml")
+    for text, part in (
+        ("- a", "must be a mapping"),
+        ("model: [", "not valid YAML"),
+        ("model: {}", "'tasks' is missing"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=part):
+            load_recipe(tmp_path / "bad.yaml")
+
+
+def test_splits_can_be_named_left_out_and_taken_from_training_rows(folder):
+    files = {split: str(folder / f"reviews-{split}.parquet") for split in ("train", "test")}
+    spec = {"path": "parquet", "data_files": files}
+    assert {name: len(rows) for name, rows in load_splits(spec).items()} == {"train": 40, "test": 40}
+    assert set(load_splits({**spec, "validation": "test", "test": None})) == {"train", "validation"}
+    parts = load_splits({**spec, "validation": 0.25})
+    assert (len(parts["train"]), len(parts["validation"]), len(parts["test"])) == (30, 10, 40)
+    again = load_splits({**spec, "validation": 0.25})
+    assert parts["validation"]["text"] == again["validation"]["text"]
+    with pytest.raises(ValueError, match="no split 'dev'; its splits are train, test"):
+        load_splits({**spec, "validation": "dev"})
+
+
+def test_other_files_than_parquet_work(folder):
+    rows = make_datasets()["reviews"]
+    rows.to_json(folder / "a-train.jsonl")
+    rows.to_csv(folder / "a-train.csv")
+    for ending in ("jsonl", "csv"):
+        assert len(load_splits(str(folder / f"a-{{split}}.{ending}"))["train"]) == 40
