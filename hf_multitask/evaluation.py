@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
+from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from .data.dataset import MultiTaskDataset
 from .data.sources import Source
@@ -60,7 +60,7 @@ class SourceMetrics:
             logits = torch.argmax(logits, dim=-1)
         return (logits, *rest)
 
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+    def __call__(self, prediction: Any) -> dict[str, float]:
         """Return `<prefix>_<task>_<metric>` and `<prefix>_<task>_loss`, the mean over all of the task's items."""
         metrics: dict[str, float] = {}
         for task, labels in prediction.label_ids.items():
@@ -180,6 +180,12 @@ def average_metric(
 class MultiTaskEvaluation(Trainer):
     """The part of [`MultiTaskTrainer`] that evaluates and predicts, one source of rows after the other."""
 
+    # Some of what `Trainer` declares holds more than it says.
+    args: MultiTaskTrainingArguments
+    train_dataset: Any
+    eval_dataset: Any
+    compute_metrics: Any
+    preprocess_logits_for_metrics: Any
     tasks: list[Task]
     _metrics: dict[str, Any]
 
@@ -257,12 +263,13 @@ class MultiTaskEvaluation(Trainer):
 
     def _run_sources(
         self, dataset: MultiTaskDataset, prefix: str, ignore_keys: list[str] | None, keep_logits: bool = False
-    ) -> Iterator[tuple[Source, EvalLoopOutput]]:
+    ) -> Iterator[tuple[Source, Any]]:
         """Run one evaluation loop for each source: tasks that read the same rows share the encoder's pass."""
         for rows in dataset.split():
             (source,) = rows.sources
             description = f"Evaluation of {', '.join(task.name for task in source.tasks)}"
-            loader = self._get_dataloader(rows, description, self.args.eval_batch_size, self._get_eval_sampler)
+            sampler: Any = self._get_eval_sampler
+            loader = self._get_dataloader(rows, description, self.args.eval_batch_size, sampler)
             with self._metrics_of(source, prefix, keep_logits):
                 yield source, self.evaluation_loop(loader, description, None, ignore_keys, prefix)
 

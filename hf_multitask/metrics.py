@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction
 
 from .models.heads import IGNORE_INDEX
 from .models.task import Task, TaskType, closest
@@ -177,7 +176,7 @@ _FUNCTIONS: dict[TaskType, Callable[[Task, np.ndarray, np.ndarray], dict[str, fl
 }
 
 
-def metric_function(task: Task, custom: Any = None) -> Callable[[EvalPrediction], dict[str, float]]:
+def metric_function(task: Task, custom: Any = None) -> Callable[[Any], dict[str, float]]:
     """Return the function that computes a task's metrics from an `EvalPrediction`.
 
     Args:
@@ -200,7 +199,7 @@ def metric_function(task: Task, custom: Any = None) -> Callable[[EvalPrediction]
     return custom
 
 
-def _compute_module(task: Task, module: Any, prediction: EvalPrediction) -> Mapping[str, Any]:
+def _compute_module(task: Task, module: Any, prediction: Any) -> Mapping[str, Any]:
     predictions, labels = decode(task, prediction.predictions), prediction.label_ids
     if task.type is TaskType.TOKEN_CLASSIFICATION:
         return module.compute(

@@ -102,9 +102,9 @@ class Predictor:
 
     def _read(self, text: Text, tasks: Sequence[Task], number: int) -> tuple[Any, ...]:
         if isinstance(text, dict):
-            columns = next((t.text_columns for t in tasks if t.text_columns and set(t.text_columns) <= set(text)), None)
+            columns = next((t.text_columns for t in tasks if set(t.text_columns) <= set(text)), None)
             if columns is None:
-                wanted = sorted({column for task in tasks for column in task.text_columns or ()})
+                wanted = sorted({column for task in tasks for column in task.text_columns})
                 raise ValueError(f"input {number} has the keys {sorted(text)}; the tasks read {', '.join(wanted)}")
             row = tuple(text[column] for column in columns)
         else:
@@ -114,8 +114,8 @@ class Predictor:
             if not (isinstance(part, str) or words) or not part or (isinstance(part, str) and not part.strip()):
                 raise ValueError(f"input {number} is {part!r}; a text must be a non-empty string or list of words")
         for task in tasks:
-            if len(task.text_columns or ()) != len(row):
-                form = "a pair of texts" if len(task.text_columns or ()) == 2 else "one text"
+            if len(task.text_columns) != len(row):
+                form = "a pair of texts" if len(task.text_columns) == 2 else "one text"
                 raise ValueError(f"input {number}: task {task.name!r} reads {form}, got {len(row)} text(s)")
         return row
 

@@ -55,7 +55,7 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
         metrics |= trainer.evaluate(test, metric_key_prefix="test")
     results = collect_results(recipe, trainer, metrics, outcome.metrics)
     if trainer.is_world_process_zero():
-        file = Path(trainer.args.output_dir, "results.json")
+        file = Path(str(trainer.args.output_dir), "results.json")
         file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"
 

@@ -169,7 +169,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
         return prepare_sources(datasets, self._sources, argument, split=split, **options, **self._preparing)
 
     def _check_sampling(self, dataset: MultiTaskDataset, args: MultiTaskTrainingArguments) -> None:
-        mixing_probabilities(args.task_sampling, dataset.sizes, args.task_sampling_kwargs, num_epochs=1)
+        mixing_probabilities(args.task_sampling, dataset.sizes, args.mixing_kwargs, num_epochs=1)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of mixed batches: rank-aware, a pure function of seed and epoch."""
@@ -292,7 +292,7 @@ def make_sampler(
         return mixing_probabilities(
             args.task_sampling,
             sizes,
-            args.task_sampling_kwargs,
+            args.mixing_kwargs,
             epoch=epoch,
             num_epochs=math.ceil(steps / windows),
             total_rows=steps * window,

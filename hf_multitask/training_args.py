@@ -51,7 +51,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
     task_sampling: str = field(
         default="temperature", metadata={"help": "Mixing strategy: how often each dataset is read."}
     )
-    task_sampling_kwargs: dict[str, Any] | str | None = field(
+    task_sampling_kwargs: dict[str, Any] | str | None = field(  # a string: JSON, from a command line
         default=None, metadata={"help": "Arguments of the mixing strategy, as JSON."}
     )
     batch_composition: str = field(
@@ -79,9 +79,15 @@ class MultiTaskTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not known{closest(value, allowed)}; choose from {allowed}")
-        assert not isinstance(self.task_sampling_kwargs, str)  # parsed by TrainingArguments
-        check_mixing(self.task_sampling, self.task_sampling_kwargs)
+        check_mixing(self.task_sampling, self.mixing_kwargs)
         for name in ("max_length", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+
+    @property
+    def mixing_kwargs(self) -> dict[str, Any]:
+        """The mixing strategy's own arguments, as a dictionary."""
+        if isinstance(self.task_sampling_kwargs, str):
+            raise ValueError(f"task_sampling_kwargs must be a dictionary or JSON, got {self.task_sampling_kwargs!r}")
+        return self.task_sampling_kwargs or {}

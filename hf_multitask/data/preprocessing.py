@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.heads import IGNORE_INDEX
@@ -40,7 +41,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrained
             f"tokenizer {type(tokenizer).__name__} has no pad token; set one before training, for example "
             "tokenizer.pad_token = tokenizer.eos_token"
         )
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     if len(tokenizer) > embeddings:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the backbone embeddings for {embeddings}: they do not belong "
@@ -160,7 +161,6 @@ class _Rows:
                 self.encoders[task.name] = self.make_encoder(task, column, dataset)
 
     def label_column(self, task: Task, dataset: Dataset, source: Source) -> str:
-        assert task.label_column is not None
         return task.label_column
 
     def make_encoder(self, task: Task, column: str, dataset: Dataset) -> LabelEncoder:
@@ -272,7 +272,7 @@ class _TokenizedRows(_Rows):
         candidates = [label_key(task.name), task.label_column]
         if len(source.tasks) == 1:
             candidates += ["labels", "label"]
-        return next((c for c in candidates if c in dataset.column_names), task.label_column) or ""
+        return next((c for c in candidates if c in dataset.column_names), task.label_column)
 
     def make_encoder(self, task: Task, column: str, dataset: Dataset) -> LabelEncoder:
         encoder = super().make_encoder(task, column, dataset)

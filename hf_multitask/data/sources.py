@@ -32,7 +32,7 @@ class Source:
     @property
     def text_columns(self) -> tuple[str, ...]:
         """The text columns, which are the same for all of its tasks."""
-        return self.tasks[0].text_columns or ()
+        return self.tasks[0].text_columns
 
 
 def make_sources(tasks: Sequence[Task], shares_rows: bool = True) -> list[Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
@@ -22,7 +23,7 @@ _CONFIGS: tuple[type[MultiTaskConfig], ...] = (HardSharingConfig,)
 class AutoModelForMultiTask(_BaseAutoModelClass):
     """Load any multi-task model: `AutoModelForMultiTask.from_pretrained(folder_or_hub_id)` finds its scheme."""
 
-    _model_mapping = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
+    _model_mapping: Any = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
 
 
 for _config, _model in zip(_CONFIGS, SCHEMES.values(), strict=True):

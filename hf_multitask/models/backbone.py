@@ -33,7 +33,7 @@ def load_backbone(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedMod
     """
     if isinstance(source, PreTrainedModel):
         # Training must not change the caller's model.
-        backbone = copy.deepcopy(source.base_model)
+        backbone: Any = copy.deepcopy(source.base_model)
         if "add_pooling_layer" in inspect.signature(type(backbone)).parameters:
             backbone.pooler = None
         config = backbone.config
@@ -79,7 +79,7 @@ def align_memory(model: PreTrainedModel) -> None:
 
 def backbone_options(config_class: type[PreTrainedConfig]) -> dict[str, bool]:
     """Return `add_pooling_layer=False` for backbones that have such a layer: nothing here would train it."""
-    model_class = MODEL_MAPPING.get(config_class, None)
+    model_class: Any = MODEL_MAPPING.get(config_class, None)
     if isinstance(model_class, (list, tuple)):
         model_class = model_class[0]
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class).parameters:

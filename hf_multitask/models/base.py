@@ -25,7 +25,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from .backbone import align_memory, backbone_options, default_pooling, load_backbone
-from .heads import TaskHead, make_head
+from .heads import make_head
 from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, plan_passes
 from .task import Task, check_tasks, closest
 
@@ -46,7 +46,7 @@ class MultiTaskConfig(PreTrainedConfig):
 
     sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="bert")}
 
-    backbone_config: PreTrainedConfig | dict | None = None
+    backbone_config: Any = None
     tasks: list | None = None
     pooling: str | None = None
     head_dropout: float = 0.1
@@ -161,17 +161,16 @@ class MultiTaskModel(PreTrainedModel, ABC):
                     f"{cls.__name__} has no option {option!r}{closest(option, cls.options())}; "
                     f"options are {', '.join(cls.options())}"
                 )
-        backbone = load_backbone(backbone, **(backbone_kwargs or {}))
+        model = load_backbone(backbone, **(backbone_kwargs or {}))
         config = cls.config_class(
-            backbone_config=backbone.config,
+            backbone_config=model.config,
             tasks=[task.to_dict() for task in tasks],
             # Said here because a configuration hands its own setting, None by default, to those inside it.
-            attn_implementation=backbone.config._attn_implementation,
-            **options,
+            **{"attn_implementation": model.config._attn_implementation, **options},
         )
-        model = cls(config, backbone)
-        model.config.dtype = backbone.dtype
-        return model.to(backbone.dtype)
+        wrapped = cls(config, model)
+        wrapped.config.dtype = model.dtype
+        return wrapped.to(model.dtype)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +188,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
     # ---- what a scheme implements ----
 
     @abstractmethod
-    def encode(self, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs: Any) -> ModelOutput:
+    def encode(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Return the backbone's output for some rows; its `last_hidden_state` is `[rows, L, H]`."""
 
     @abstractmethod
@@ -251,7 +250,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
             "task_ids": task_ids,
         }
         # None stays unsaid, so that the configuration's own setting holds.
-        extras = {
+        extras: dict[str, Any] = {
             key: value
             for key, value in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions))
             if value is not None
@@ -267,7 +266,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
         passes = [EncoderPass(0, rows, length, tuple(segments))] if wants_internals else plan_passes(segments, cost)
         logits: dict[str, Tensor] = {}
-        encoded: ModelOutput | None = None
+        encoded: Any = None
         for part in passes:
             encoded = self.encode(**_cut(tensors, part), **extras)
             mask = None if attention_mask is None else attention_mask[part.start : part.stop, : part.length]
@@ -283,13 +282,13 @@ class MultiTaskModel(PreTrainedModel, ABC):
             task_losses=task_losses,
             logits=logits,
             row_losses=row_losses,
-            hidden_states=encoded.get("hidden_states") if encoded is not None else None,
-            attentions=encoded.get("attentions") if encoded is not None else None,
+            hidden_states=encoded.get("hidden_states"),
+            attentions=encoded.get("attentions"),
         )
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def _head(self, name: str) -> TaskHead:
+    def _head(self, name: str) -> Any:
         if name not in self.heads:
             raise ValueError(f"task {name!r} is not one of this model's: {', '.join(self.heads)}")
         return self.heads[name]
@@ -300,7 +299,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
         labels: Mapping[str, Tensor] | None,
         num_items: Mapping[str, int | Tensor] | None,
     ) -> tuple[Tensor | None, dict[str, Tensor] | None, dict[str, Tensor] | None]:
-        if labels is None:
+        if not labels:
             return None, None, None
         unknown = [name for name in labels if name not in logits]
         if unknown:
@@ -313,15 +312,11 @@ class MultiTaskModel(PreTrainedModel, ABC):
             else:
                 items = self._head(name).row_items(labels[name]).sum()
             # A task whose rows hold no labelled item has a loss of 0, not of 0 / 0.
-            items = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
-            task_losses[name] = losses.sum() / items
+            task_losses[name] = losses.sum() / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
         weights = {task.name: task.weight for task in self.tasks}
         total = sum(len(losses) for losses in row_losses.values())
-        loss = sum(
-            (len(row_losses[name]) / total * weights[name] * task_loss for name, task_loss in task_losses.items()),
-            start=torch.zeros((), device=next(iter(logits.values())).device) if not task_losses else 0.0,
-        )
-        return loss, task_losses, row_losses
+        parts = [len(row_losses[name]) / total * weights[name] * loss for name, loss in task_losses.items()]
+        return torch.stack(parts).sum(), task_losses, row_losses
 
     # ---- PreTrainedModel's contracts ----
 

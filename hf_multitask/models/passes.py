@@ -70,8 +70,8 @@ def plan_passes(segments: Mapping[str, Segment], cost_in_tokens: int = PASS_COST
     """
     slices: dict[tuple[int, int], tuple[int, list[str]]] = {}
     for task, segment in segments.items():
-        length, tasks = slices.get((segment.start, segment.stop), (0, []))
-        slices[segment.start, segment.stop] = (max(length, segment.length), [*tasks, task])
+        length, names = slices.get((segment.start, segment.stop), (0, []))
+        slices[segment.start, segment.stop] = (max(length, segment.length), [*names, task])
     ordered = sorted(slices.items())
     # best[j]: (cost of the cheapest plan of the first j slices, where its last pass begins)
     best: list[tuple[int, int]] = [(0, 0)]

@@ -88,10 +88,11 @@ class Task:
     name: str
     type: TaskType
     labels: tuple[str, ...] | None = None
-    dataset: str | None = None
-    text_columns: tuple[str, ...] | None = None
-    label_column: str | None = None
-    weight: float | None = None
+    # None, the default of these four, is settled in __post_init__: read, they are never None.
+    dataset: str = None  # type: ignore[assignment]
+    text_columns: tuple[str, ...] = None  # type: ignore[assignment]
+    label_column: str = None  # type: ignore[assignment]
+    weight: float = None  # type: ignore[assignment]
     auxiliary: bool = False
     pooling: str | None = None
     head: str = "mlp"
@@ -147,7 +148,6 @@ class Task:
             raise self._fail("labels is empty; leave it out for one value")
         if not isinstance(self.dataset, str) or not self.dataset:
             raise self._fail(f"dataset must be a name, got {self.dataset!r}")
-        assert self.text_columns is not None
         if len(self.text_columns) > 2 or not all(isinstance(c, str) and c for c in self.text_columns):
             raise self._fail(f"text_columns must name one column, or two for pairs, got {self.text_columns!r}")
         if self.label_column in self.text_columns:
@@ -206,7 +206,8 @@ class Task:
         for key in ("name", "type"):
             if key not in values:
                 raise ValueError(f"task {name!r}: key {key!r} is missing")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**arguments)
 
 
 def _check_name(name: object) -> None:
