@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
-import math
+import itertools
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import seed_worker
+from transformers.utils import logging
 
+from .checkpointing import MultiTaskCheckpoints
 from .data.collator import DataCollatorForMultiTask
 from .data.dataset import MultiTaskDataset, prepare_sources
 from .data.preprocessing import check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
-from .data.schedule import MultiTaskBatchSampler, windows_per_epoch
 from .data.sources import make_sources
 from .evaluation import MultiTaskEvaluation, check_compute_metrics, check_primary_task
+from .guard import BadLoss, LossGuard, NonFiniteLossError
+from .loading import make_loader, make_sampler
 from .models.base import MultiTaskModel
 from .models.task import Task
 from .training_args import MultiTaskTrainingArguments
@@ -36,10 +36,10 @@ from .window import TaskProgress, Window, count_window
 
 __all__ = ["MultiTaskTrainer"]
 
-STATE_NAME = "multitask_state.json"
+logger = logging.get_logger(__name__)
 
 
-class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
+class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
     """`Trainer` for multi-task models; all its arguments, callbacks and features keep their meaning.
 
     What is different with a multi-task model:
@@ -112,6 +112,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
             # What `compute_loss` returns is divided by the items of the whole window already.
             self.loss_is_scaled_for_ga = True
             self.progress = TaskProgress([task.name for task in self.tasks])
+            self.guard = LossGuard()
         elif isinstance(train_dataset, Mapping):
             raise ValueError(
                 f"train_dataset is a dictionary of datasets, but {type(probe).__name__} is no multi-task model; "
@@ -153,6 +154,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
             args.ddp_find_unused_parameters = False
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
+        args.logging_nan_inf_filter = False  # the guard looks at every window, and does not paper over what it finds
         return args
 
     def prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
@@ -175,27 +177,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
         """Return the loader of mixed batches: rank-aware, a pure function of seed and epoch."""
         if not self.tasks or self.train_dataset is None:
             return super().get_train_dataloader()
-        args = self.args
-        sampler = make_sampler(args, self.train_dataset.sizes, self._train_batch_size)
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=args.dataloader_in_order,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
-        loader = self.accelerator.prepare(loader)
-        if args.world_size > 1:
-            # The sampler knows its rank: Accelerate's wrapper must pass its batches on, and its epochs in.
-            loader.batch_sampler.num_processes = 1
-            loader.batch_sampler.process_index = 0
-            loader.batch_sampler.sampler = sampler
-        return loader
+        return make_loader(self.args, self.train_dataset, self.data_collator, self._train_batch_size, self.accelerator)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """Keep all columns: prepared rows hold nothing that is not needed."""
@@ -217,7 +199,12 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward; heads whose task the window lacks end up without a gradient."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.tasks and self.args.world_size > 1 and self.accelerator.sync_gradients:
+        if not self.tasks or not self.accelerator.sync_gradients:
+            return loss
+        bad = self.guard.check(self.args.device, self.args.world_size)
+        if bad is not None:
+            self._stop_or_skip(model, bad)
+        if self.args.world_size > 1:
             unwrapped = self.accelerator.unwrap_model(model)
             for task in self.tasks:
                 if task.name not in num_items_in_batch.rows:
@@ -239,6 +226,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
         losses = outputs["task_losses"]
         loss = sum(shares[task] * weights[task] * task_loss for task, task_loss in losses.items())
         self.progress.add_losses(losses)
+        self.guard.add(outputs["row_losses"])
         if self.args.world_size > 1:
             # Data parallelism takes the mean over processes of what is a sum; and it waits for every parameter.
             unwrapped = self.accelerator.unwrap_model(model)
@@ -250,65 +238,56 @@ class MultiTaskTrainer(MultiTaskEvaluation, Trainer):
         """Add `loss/<task>` and `share/<task>` to the log lines of training."""
         if self.tasks and "loss" in logs and "learning_rate" in logs:
             logs = logs | self.progress.drain(self.args.device, self.args.world_size)
+            if self.guard.skipped:
+                logs["skipped_steps"] = self.guard.skipped
         super().log(logs, start_time)
 
-    # ---- checkpoints ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save what `Trainer` saves, and the rows seen by task."""
-        super()._save_checkpoint(model, trial)
-        if self.tasks and self.args.should_save:
-            folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            (folder / STATE_NAME).write_text(json.dumps({"rows_seen": self.progress.rows_seen}, indent=2) + "\n")
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Begin or resume the count of rows."""
-        if self.tasks:
-            checkpoint = (
-                inspect.signature(super()._init_training_state)
-                .bind(*args, **kwargs)
-                .arguments.get("resume_from_checkpoint")
+    def _stop_or_skip(self, model: nn.Module, bad: list[BadLoss]) -> None:
+        """Deal with a window in which some loss is not finite: raise, or take its gradients away."""
+        step = self.state.global_step
+        lines = [f"task {b.task!r}: {self._describe_rows(b)}" for b in bad] or ["on another process"]
+        message = f"a loss of step {step} is NaN or infinite:\n  " + "\n  ".join(lines)
+        if self.args.on_nonfinite_loss == "raise":
+            raise NonFiniteLossError(
+                f"{message}\nNothing was changed by this step; checkpoints written before it are good. "
+                "Mend the rows or the learning rate, or set on_nonfinite_loss='skip'."
             )
-            path = Path(checkpoint or "", STATE_NAME)
-            self.progress.restart(json.loads(path.read_text())["rows_seen"] if checkpoint and path.exists() else {})
-        return super()._init_training_state(*args, **kwargs)
+        self.guard.skipped += 1
+        logger.warning(f"{message}\nThe step is skipped ({self.guard.skipped} so far).")
+        if self.accelerator.scaler is None:  # the scaler skips steps with such gradients by itself
+            for parameter in model.parameters():
+                parameter.grad = None
 
+    def _describe_rows(self, bad: BadLoss) -> str:
+        """Return which rows of its dataset a bad loss came from; the order of the rows can be looked up again."""
+        source = next(s for s in self._sources if any(task.name == bad.task for task in s.tasks))
+        sampler = make_sampler(self.args, self.train_dataset.sizes, self._train_batch_size)
+        accumulation = self.args.gradient_accumulation_steps
+        epoch, window = divmod(self.state.global_step, len(sampler) // accumulation)
+        sampler.set_epoch(epoch)
+        batch = next(itertools.islice(sampler, window * accumulation + bad.micro_batch, None))
+        own = [row for name, row in map(self.train_dataset.locate, batch) if name == source.name]
+        return f"row(s) {', '.join(str(own[place]) for place in bad.places)} of dataset {source.dataset!r}"
 
-def make_sampler(
-    args: MultiTaskTrainingArguments, sizes: Mapping[str, int], rows_per_batch: int
-) -> MultiTaskBatchSampler:
-    """Return the batch sampler that some arguments ask for.
+    # ---- optimizer ----
 
-    Args:
-        args: The arguments; their rank, processes and accumulation are the sampler's.
-        sizes: Rows by source.
-        rows_per_batch: Rows of a micro-batch on one process.
-    """
-    window = rows_per_batch * args.gradient_accumulation_steps * args.world_size
-    windows = windows_per_epoch(sum(sizes.values()), window, args.dataloader_drop_last)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs)
-
-    def probabilities(epoch: int) -> list[float]:
-        return mixing_probabilities(
-            args.task_sampling,
-            sizes,
-            args.mixing_kwargs,
-            epoch=epoch,
-            num_epochs=math.ceil(steps / windows),
-            total_rows=steps * window,
-        )
-
-    return MultiTaskBatchSampler(
-        sizes,
-        probabilities,
-        rows_per_batch=rows_per_batch,
-        accumulation=args.gradient_accumulation_steps,
-        num_processes=args.world_size,
-        process_index=args.process_index,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        composition=args.batch_composition,
-        drop_last=args.dataloader_drop_last,
-    )
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create `Trainer`'s optimizer; with learning rates for backbone or heads, its groups are split in two."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        rates = (self.args.backbone_learning_rate, self.args.head_learning_rate) if self.tasks else (None, None)
+        if given or rates == (None, None):
+            return optimizer
+        unwrapped = self.accelerator.unwrap_model(self.model if model is None else model)
+        heads = {id(p) for task in self.tasks for p in unwrapped.task_parameters(task.name)}
+        groups = []
+        for group in optimizer.param_groups:
+            for in_head, rate in enumerate(rates):
+                parameters = [p for p in group["params"] if (id(p) in heads) == bool(in_head)]
+                if parameters:
+                    groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
+        optimizer.param_groups[:] = groups
+        return optimizer
 
 
 def _check_output_dir(output_dir: str | None) -> None:

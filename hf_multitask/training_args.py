@@ -14,6 +14,7 @@ __all__ = ["MultiTaskTrainingArguments"]
 
 _COMPOSITIONS = ("mixed", "single_task")
 _REDUCTIONS = ("rows", "tasks")
+_NONFINITE = ("raise", "skip")
 
 
 @dataclass
@@ -39,6 +40,13 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `primary_task`: the task whose primary metric picks the best checkpoint and stops training. It sets
       `metric_for_best_model`. Without it the mean over the tasks, `eval_average`, does.
 
+    How it is optimized:
+
+    - `backbone_learning_rate`, `head_learning_rate`: in place of `learning_rate` for the parameters of the backbone or
+      of the heads, which start from nothing and often bear a larger one. The schedule scales them alike.
+    - `on_nonfinite_loss`: `raise` stops before the step when the loss of a task is NaN or infinite, and names task,
+      step and rows; `skip` leaves the step out, counts it and logs `skipped_steps`.
+
     Raises:
         ValueError: An argument is not one of its values; the nearest is named.
 
@@ -63,6 +71,15 @@ class MultiTaskTrainingArguments(TrainingArguments):
     primary_task: str | None = field(
         default=None, metadata={"help": "Task whose metric picks the best checkpoint and stops training."}
     )
+    on_nonfinite_loss: str = field(
+        default="raise", metadata={"help": "A loss that is NaN or infinite: 'raise', or 'skip' the step."}
+    )
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the backbone, in place of learning_rate."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the heads, in place of learning_rate."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Longest input in tokens; longer ones are cut."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
@@ -75,11 +92,19 @@ class MultiTaskTrainingArguments(TrainingArguments):
         self._metric_was_given = self.metric_for_best_model is not None
         self._direction_was_given = self.greater_is_better is not None
         super().__post_init__()
-        for name, allowed in (("batch_composition", _COMPOSITIONS), ("loss_reduction", _REDUCTIONS)):
+        for name, allowed in (
+            ("batch_composition", _COMPOSITIONS),
+            ("loss_reduction", _REDUCTIONS),
+            ("on_nonfinite_loss", _NONFINITE),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not known{closest(value, allowed)}; choose from {allowed}")
         check_mixing(self.task_sampling, self.mixing_kwargs)
+        for name in ("backbone_learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
         for name in ("max_length", "dataset_num_proc"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -80,14 +80,22 @@ class MultiTaskDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one row: its `source`, and its columns as numbers and arrays."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        number = bisect_right(self._ends, index)
-        row = index - self._ends[number - 1] if number else index
+        number, row = self._place(index)
         result: dict[str, Any] = {"source": self.sources[number]}
         for name, column in self._columns[number]:
             result[name] = column[row]
         return result
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        return number, index - self._ends[number - 1] if number else index
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Return the source of a row, and the row's number in it."""
+        number, row = self._place(index)
+        return self.sources[number].name, row
 
     def split(self) -> list[MultiTaskDataset]:
         """Return one dataset per source."""

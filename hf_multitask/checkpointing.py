@@ -1,0 +1,216 @@
+"""What a checkpoint says about a multi-task run, whether it is complete, and whether a run may go on from it.
+
+A run that goes on from a checkpoint must be the run that was stopped. Beside `Trainer`'s files a checkpoint holds
+`multitask_state.json`: the tasks, what decides the order of the rows, and the rows seen. A difference that would make
+another run of it is an error that names the difference. `Trainer` writes `trainer_state.json` last, when all processes
+have written their part, so a checkpoint whose files are all there and whose last file can be read is complete.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.utils import logging
+
+from .guard import LossGuard
+from .loading import make_sampler, total_steps
+from .models.task import Task
+from .training_args import MultiTaskTrainingArguments
+from .window import TaskProgress
+
+__all__ = [
+    "STATE_NAME",
+    "MultiTaskCheckpoints",
+    "compare_runs",
+    "describe_run",
+    "incompleteness",
+    "last_complete_checkpoint",
+    "read_state",
+]
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "multitask_state.json"
+# Strategies whose probabilities depend on how long the whole training is.
+_NEED_LENGTH = ("annealed", "unimax")
+
+
+def describe_run(
+    args: MultiTaskTrainingArguments, tasks: Sequence[Task], sizes: Mapping[str, int], rows_per_batch: int, steps: int
+) -> dict[str, Any]:
+    """Return what must stay the same when a run goes on from a checkpoint, as plain JSON types.
+
+    Args:
+        args: The training arguments.
+        tasks: The model's tasks.
+        sizes: Training rows by source.
+        rows_per_batch: Rows of a micro-batch on one process.
+        steps: Optimizer steps of the whole training.
+    """
+    run = {
+        "tasks": [{"name": task.name, "type": task.type.value, "labels": list(task.labels or ())} for task in tasks],
+        "training rows": dict(sizes),
+        "task_sampling": args.task_sampling,
+        "task_sampling_kwargs": args.mixing_kwargs,
+        "batch_composition": args.batch_composition,
+        "loss_reduction": args.loss_reduction,
+        "seed of the rows": args.data_seed if args.data_seed is not None else args.seed,
+        "per_device_train_batch_size": rows_per_batch,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "number of processes": args.world_size,
+        "dataloader_drop_last": args.dataloader_drop_last,
+    }
+    if args.task_sampling in _NEED_LENGTH:
+        run["steps of the whole training"] = steps
+    return json.loads(json.dumps(run))
+
+
+def compare_runs(checkpoint: str | Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a run is the one a checkpoint was written by.
+
+    Raises:
+        ValueError: They differ; every difference is named.
+    """
+    differences = []
+    for key in dict.fromkeys([*saved, *now]):
+        before, after = saved.get(key), now.get(key)
+        if key == "tasks" and before != after:
+            differences += _compare_tasks(before or [], after or [])
+        elif before != after:
+            differences.append(f"{key}: {before!r} in the checkpoint, {after!r} now")
+    if differences:
+        raise ValueError(
+            f"cannot go on from {str(checkpoint)!r}, it is of another run:\n  "
+            + "\n  ".join(differences)
+            + "\nRun with what the checkpoint has, or start a new run from its weights: from_pretrained(checkpoint)."
+        )
+
+
+def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    old, new = [task["name"] for task in before], [task["name"] for task in after]
+    if old != new:
+        return [f"tasks: {', '.join(old)} in the checkpoint, {', '.join(new)} now"]
+    return [
+        f"task {a['name']!r}, {key}: {a[key]!r} in the checkpoint, {b[key]!r} now"
+        for a, b in zip(before, after, strict=True)
+        for key in ("type", "labels")
+        if a[key] != b[key]
+    ]
+
+
+def read_state(checkpoint: str | Path) -> dict[str, Any] | None:
+    """Return what `multitask_state.json` holds, or None where there is none (a checkpoint of another trainer)."""
+    path = Path(checkpoint, STATE_NAME)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None:
+    """Return why training cannot go on from a checkpoint: a process was killed while it wrote, or deleted, it.
+
+    Args:
+        checkpoint: The folder.
+        num_processes: Number of processes; each has a random state of its own.
+
+    Returns:
+        A few words, or None for a complete checkpoint.
+    """
+    folder = Path(checkpoint)
+    for name in ("trainer_state.json", STATE_NAME):
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except ValueError:
+            return f"{name} is cut off"
+    states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
+    # Sharded runs write folders of their own in place of these two.
+    sharded = any(path.is_dir() for path in folder.iterdir())
+    for name in ["scheduler.pt", *states, *([] if sharded else ["optimizer.pt"])]:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    if not sharded and not any(folder.glob("*.safetensors")):
+        return "the weights are missing"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> tuple[str | None, dict[str, str]]:
+    """Return the newest complete checkpoint in a folder, and why newer ones are not complete.
+
+    Args:
+        output_dir: The folder of the run.
+        num_processes: Number of processes.
+
+    Returns:
+        The checkpoint's folder or None, and reasons by folder.
+    """
+    folders = [
+        path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()
+    ]
+    skipped: dict[str, str] = {}
+    for folder in sorted(folders, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        reason = incompleteness(folder, num_processes)
+        if reason is None:
+            return str(folder), skipped
+        skipped[str(folder)] = reason
+    return None, skipped
+
+
+class MultiTaskCheckpoints(Trainer):
+    """The part of [`MultiTaskTrainer`] that writes checkpoints and goes on from them."""
+
+    args: MultiTaskTrainingArguments
+    train_dataset: Any
+    tasks: list[Task]
+    progress: TaskProgress
+    guard: LossGuard
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last *complete* checkpoint."""
+        if self.tasks and resume_from_checkpoint is True:
+            resume_from_checkpoint, skipped = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size)
+            for folder, reason in skipped.items():
+                logger.warning(f"checkpoint {folder} is not complete and is passed over: {reason}")
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir!r} to go on from")
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _describe_run(self) -> dict[str, Any]:
+        sampler = make_sampler(self.args, self.train_dataset.sizes, self._train_batch_size)
+        steps = total_steps(self.args, len(sampler) // self.args.gradient_accumulation_steps)
+        return describe_run(self.args, self.tasks, self.train_dataset.sizes, self._train_batch_size, steps)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Begin the counts anew, or take them from a checkpoint of the same run."""
+        if self.tasks:
+            bound = inspect.signature(super()._init_training_state).bind(*args, **kwargs)
+            checkpoint = bound.arguments.get("resume_from_checkpoint")
+            state = read_state(checkpoint) if checkpoint else None
+            if checkpoint and state is not None:
+                compare_runs(checkpoint, state["run"], self._describe_run())
+            self.progress.restart((state or {}).get("rows_seen", {}))
+            self.guard.skipped = (state or {}).get("skipped_steps", 0)
+        return super()._init_training_state(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the random state and ours, before `Trainer` closes the checkpoint with its own state."""
+        super()._save_rng_state(output_dir)
+        if self.tasks and self.args.should_save:
+            state = {
+                "run": self._describe_run(),
+                "rows_seen": self.progress.rows_seen,
+                "skipped_steps": self.guard.skipped,
+            }
+            Path(output_dir, STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        if self.tasks and self.args.world_size > 1:
+            torch.distributed.barrier()  # the state that closes a checkpoint comes after every process's part

@@ -1,0 +1,99 @@
+"""The loader of mixed batches that some training arguments ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from .data.dataset import MultiTaskDataset
+from .data.sampling import mixing_probabilities
+from .data.schedule import MultiTaskBatchSampler, windows_per_epoch
+from .training_args import MultiTaskTrainingArguments
+
+__all__ = ["make_loader", "make_sampler", "total_steps"]
+
+
+def make_sampler(
+    args: MultiTaskTrainingArguments, sizes: Mapping[str, int], rows_per_batch: int
+) -> MultiTaskBatchSampler:
+    """Return the batch sampler that some arguments ask for.
+
+    Args:
+        args: The arguments; their rank, processes and accumulation are the sampler's.
+        sizes: Rows by source.
+        rows_per_batch: Rows of a micro-batch on one process.
+    """
+    window = rows_per_batch * args.gradient_accumulation_steps * args.world_size
+    windows = windows_per_epoch(sum(sizes.values()), window, args.dataloader_drop_last)
+    steps = total_steps(args, windows)
+
+    def probabilities(epoch: int) -> list[float]:
+        return mixing_probabilities(
+            args.task_sampling,
+            sizes,
+            args.mixing_kwargs,
+            epoch=epoch,
+            num_epochs=math.ceil(steps / windows),
+            total_rows=steps * window,
+        )
+
+    return MultiTaskBatchSampler(
+        sizes,
+        probabilities,
+        rows_per_batch=rows_per_batch,
+        accumulation=args.gradient_accumulation_steps,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        composition=args.batch_composition,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def total_steps(args: TrainingArguments, windows: int) -> int:
+    """Return the optimizer steps of the whole training, with `windows` steps per epoch."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(windows * args.num_train_epochs)
+
+
+def make_loader(
+    args: MultiTaskTrainingArguments,
+    dataset: MultiTaskDataset,
+    collate: Callable[[list], dict],
+    rows_per_batch: int,
+    accelerator: Any,
+) -> DataLoader:
+    """Return the prepared training loader: rank-aware, its order a pure function of seed and epoch.
+
+    Args:
+        args: The training arguments.
+        dataset: The rows.
+        collate: The collator.
+        rows_per_batch: Rows of a micro-batch on one process.
+        accelerator: The trainer's accelerator, which moves batches to the device.
+    """
+    sampler = make_sampler(args, dataset.sizes, rows_per_batch)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+    )
+    loader = accelerator.prepare(loader)
+    if args.world_size > 1:
+        # The sampler knows its rank: Accelerate's wrapper must pass its batches on, and its epochs in.
+        loader.batch_sampler.num_processes = 1
+        loader.batch_sampler.process_index = 0
+        loader.batch_sampler.sampler = sampler
+    return loader

@@ -1,0 +1,161 @@
+"""The package is built in floors, its modules are short, and importing it costs little."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_multitask
+
+ROOT = Path(hf_multitask.__file__).parent
+LONGEST = 350
+
+# A module imports from lower floors, and from its own folder where that is on its own floor.
+FLOORS = {
+    "models": 0,
+    "data": 1,
+    "metrics": 1,
+    "quickstart": 1,
+    "window": 1,
+    "evaluation": 2,
+    "prediction": 2,
+    "training_args": 2,
+    "trainer": 3,
+    "recipe": 4,
+    "running": 4,
+    "cli": 5,
+}
+
+# Dotted names below the package root; the root itself is "".
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+every_module = pytest.mark.parametrize("module", [name for name in MODULES if name])
+
+
+def parse(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imports_of(module: str) -> set[str]:
+    """Return what a module imports of the package, wherever in it: names as in `MODULES`."""
+    package = [part for part in module.split(".") if part]
+    if MODULES[module].name != "__init__.py":
+        package.pop()
+    found: set[str] = set()
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ["hf_multitask", *package[: len(package) - node.level + 1]] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import x` may name a module, `from .x import y` one or what is in it.
+            names = [f"{source}.{alias.name}" for alias in node.names]
+            names = [name if name.partition(".")[2] in MODULES else source for name in names]
+        else:
+            continue
+        found |= {name.partition(".")[2] for name in names if name.split(".")[0] == "hf_multitask"}
+    return found
+
+
+def place(module: str) -> str:
+    """Return the name in `FLOORS` of a module: its folder, or itself if it lies at the top."""
+    return module.split(".")[0]
+
+
+def test_imports_are_read_from_every_form():
+    assert imports_of("") >= {"models.auto", "trainer", "data.collator"}
+    assert imports_of("data.labels") == {"models.task"}
+    assert imports_of("data.dataset") == {"models.task", "data.preprocessing", "data.sources"}
+    assert "trainer" in imports_of("running")
+    assert "running" in imports_of("cli")  # inside a function
+
+
+def test_every_module_has_its_floor():
+    assert {place(module) for module in MODULES if module} == set(FLOORS)
+
+
+@every_module
+def test_a_module_imports_from_lower_floors_or_its_own_folder(module):
+    floor, folder = FLOORS[place(module)], module.rpartition(".")[0]
+    for imported in imports_of(module):
+        same_folder = imported.rpartition(".")[0] == folder and FLOORS[place(imported)] == floor
+        assert same_folder or FLOORS[place(imported)] < floor, f"{module} imports {imported}"
+
+
+@every_module
+def test_no_module_imports_the_package_root(module):
+    assert "" not in imports_of(module)
+
+
+def test_imports_go_round_in_no_circle():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for imported in imports_of(module):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_models_need_nothing_else_of_the_package():
+    for module in MODULES:
+        if place(module) == "models":
+            assert {place(imported) for imported in imports_of(module)} <= {"models"}
+
+
+@every_module
+def test_modules_are_short(module):
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_is_public_has_a_docstring(module):
+    tree = parse(module)
+    assert ast.get_docstring(tree)
+
+    def check(parent: ast.Module | ast.ClassDef, path: str) -> None:
+        for node in parent.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}.{node.name}"
+                if isinstance(node, ast.ClassDef):
+                    check(node, f"{path}.{node.name}")
+
+    check(tree, module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_names_that_a_module_offers_are_there(module):
+    loaded = importlib.import_module(f"hf_multitask.{module}".rstrip("."))
+    for name in getattr(loaded, "__all__", ()):
+        assert getattr(loaded, name) is not None
+
+
+def test_the_package_offers_its_public_names_and_no_others():
+    assert sorted(hf_multitask.__all__) == hf_multitask.__all__
+    assert set(hf_multitask.__all__) <= set(dir(hf_multitask))
+    with pytest.raises(AttributeError, match="module 'hf_multitask' has no attribute 'MultitaskTrainer'"):
+        _ = hf_multitask.MultitaskTrainer
+    assert importlib.import_module("hf_multitask.models.task").Task is hf_multitask.Task
+    assert importlib.import_module("hf_multitask.trainer").MultiTaskTrainer is hf_multitask.MultiTaskTrainer
+
+
+def test_importing_the_package_loads_no_trainer_and_no_data_library():
+    program = """
+import sys, hf_multitask
+loaded = [name for name in ("hf_multitask.trainer", "hf_multitask.data", "datasets", "sklearn") if name in sys.modules]
+from transformers import AutoConfig
+print(loaded, type(AutoConfig.for_model("hf_multitask_hard_sharing")).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "HardSharingConfig"]
