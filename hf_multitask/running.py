@@ -50,7 +50,7 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
     outcome = trainer.train(resume_from_checkpoint=True if resume else None)
     trainer.save_model()
     trainer.save_state()
-    metrics = trainer.evaluate() if parts.datasets["validation"] else {}
+    metrics = final_metrics(trainer) if parts.datasets["validation"] else {}
     if test is not None:
         metrics |= trainer.evaluate(test, metric_key_prefix="test")
     results = collect_results(recipe, trainer, metrics, outcome.metrics)
@@ -58,6 +58,14 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
         file = Path(str(trainer.args.output_dir), "results.json")
         file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"
+
+
+def final_metrics(trainer: MultiTaskTrainer) -> dict[str, float]:
+    """Return the metrics of the model as it is: those of the last step, where it was evaluated and kept."""
+    last = next((line for line in reversed(trainer.state.log_history) if "eval_runtime" in line), {})
+    if last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {key: value for key, value in last.items() if key.startswith("eval_")}
+    return trainer.evaluate()
 
 
 def collect_results(

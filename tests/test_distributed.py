@@ -57,3 +57,15 @@ def test_two_processes_equal_one(tmp_path, options):
     assert one["rows_seen"] == two["rows_seen"]
     for run in (one, two):
         assert run["idle_is_untouched"]
+
+
+@pytest.mark.parametrize("sampling", ["temperature", "annealed"])
+def test_resumed_on_two_processes_equals_uninterrupted(tmp_path, sampling):
+    (tmp_path / "run").mkdir()
+    options = ("mixed", "rows", sampling, str(tmp_path / "run" / "checkpoint-4"))
+    whole = launch(tmp_path, 2, *options)
+    resumed = launch(tmp_path, 2, *options)
+    assert all(torch.equal(value, resumed["weights"][name]) for name, value in whole["weights"].items())
+    assert whole["rows_seen"] == resumed["rows_seen"] and len(whole["logs"]) == len(resumed["logs"]) == 3
+    for line, other in zip(whole["logs"], resumed["logs"], strict=True):
+        assert {k: v for k, v in line.items() if k != "epoch"} == {k: v for k, v in other.items() if k != "epoch"}

@@ -19,10 +19,13 @@ LONGEST = 350
 FLOORS = {
     "models": 0,
     "data": 1,
+    "guard": 1,
     "metrics": 1,
     "quickstart": 1,
     "window": 1,
+    "checkpointing": 2,
     "evaluation": 2,
+    "loading": 2,
     "prediction": 2,
     "training_args": 2,
     "trainer": 3,

@@ -78,6 +78,12 @@ def test_rows_are_numbered_through_the_sources(texts):
     assert [row["labels_c"] for row in found[8:]] == [0, 1, 0, 1, 0]
     assert [len(row["input_ids"]) - 2 for row in found] == [1, 2, 3, 4, 5, 1, 2, 3, 2, 2, 2, 2, 2]
     assert found[0].keys() == {"source", "input_ids", "labels_a"}
+    places = [rows.locate(i) for i in range(13)]
+    assert places == [
+        *(("shared:a", i) for i in range(5)),
+        *(("alone", i) for i in range(3)),
+        *(("shared:c", i) for i in range(5)),
+    ]
 
 
 def test_shared_rows_are_held_once_with_the_labels_of_both_tasks(texts):
@@ -105,6 +111,23 @@ def test_rows_are_the_prepared_ones_however_they_lie_in_memory():
         assert [plain(selected[i]) for i in range(len(rows))] == [plain(rows[i]) for i in range(len(rows))][::-1]
 
 
+def test_rows_are_found_in_every_piece_of_a_source(texts):
+    (shared, alone) = prepare(texts, A, ALONE).rows
+    pieces = concatenate_datasets([alone, alone.select(range(1)), alone])
+    rows = MultiTaskDataset(make_sources([A, ALONE]), {"shared": shared, "alone": pieces})
+    assert rows.sizes == {"shared": 5, "alone": 7}
+    assert [plain(rows[5 + i])["labels_alone"] for i in range(7)] == [
+        [0.0],
+        [-1.0],
+        [-2.0],
+        [0.0],
+        [0.0],
+        [-1.0],
+        [-2.0],
+    ]
+    assert [len(rows[5 + i]["input_ids"]) for i in range(7)] == [3, 4, 5, 3, 3, 4, 5]
+
+
 def test_rows_in_another_process_are_the_same(texts):
     rows = prepare(texts, A, B, ALONE)
     there = pickle.loads(pickle.dumps(rows))
@@ -121,8 +144,10 @@ def test_each_source_can_stand_alone(texts):
 
 @pytest.mark.parametrize("index", [8, 100, -1])
 def test_a_row_that_is_not_there_is_an_error(texts, index):
-    with pytest.raises(IndexError):
-        prepare(texts, A, ALONE)[index]
+    rows = prepare(texts, A, ALONE)
+    for read in (rows.__getitem__, rows.locate):
+        with pytest.raises(IndexError):
+            read(index)
 
 
 def test_label_columns_are_named_by_the_task():

@@ -88,6 +88,17 @@ def test_shares_that_change_with_each_epoch_are_kept_too(count):
     assert largest_deviation(indices, lambda epoch: table[epoch]) <= bound(count) + 1e-6
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_change_of_shares_is_seen_coming(count):
+    draw = np.random.default_rng(0)
+    for _ in range(150):
+        table = draw.random((2, count)) ** 2 + 1e-6
+        table /= table.sum(1, keepdims=True)
+        schedule = Schedule(lambda epoch, table=table: table[min(epoch, 1)].tolist(), 10 * count)
+        indices = [np.array(list(schedule.epoch(epoch))) for epoch in range(2)]
+        assert largest_deviation(indices, lambda epoch, table=table: table[epoch]) <= bound(count) + 1e-6
+
+
 def test_two_equal_shares_take_turns():
     schedule = Schedule(lambda epoch: [0.5, 0.5], 7)
     order = [index for epoch in range(3) for index in schedule.epoch(epoch)]

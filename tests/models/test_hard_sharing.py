@@ -123,6 +123,18 @@ def test_a_saved_model_is_loaded_bit_for_bit(tmp_path, name, loader):
     assert_equal(loaded(**make_batch()).logits, model(**make_batch()).logits)
 
 
+@pytest.mark.parametrize("loader", [HardSharingModel, AutoModelForMultiTask, AutoModel])
+def test_loaded_weights_lie_in_memory_like_trained_ones(tmp_path, loader):
+    # Matrix products can differ in the last bit with the alignment of their operands.
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    model.backbone.save_pretrained(tmp_path / "backbone")
+    loaded = loader.from_pretrained(tmp_path / "model")
+    begun = HardSharingModel.from_backbone(str(tmp_path / "backbone"), TASKS)
+    for one in (model, loaded, begun):
+        assert {parameter.data_ptr() % 64 for parameter in one.parameters()} == {0}
+
+
 @backbones
 def test_a_saved_configuration_is_known_to_auto_config(tmp_path, name):
     make_model(name, pooling="first", head_dropout=0.25).save_pretrained(tmp_path)
@@ -260,6 +272,15 @@ def test_fresh_heads_are_small_and_random(name):
     weights = torch.cat([p.flatten() for n, p in model.heads.named_parameters() if n.endswith("weight")])
     assert 0.018 < weights.std() < 0.022
     assert all((p == 0).all() for n, p in model.heads.named_parameters() if n.endswith("bias"))
+
+
+def test_a_layer_that_was_put_into_the_backbone_keeps_its_weights():
+    backbone = make_backbone("bert")
+    own = torch.nn.Linear(48, 32)
+    torch.nn.init.constant_(own.weight, 0.5)
+    backbone.encoder.layer[0].output.dense = own
+    model = HardSharingModel.from_backbone(backbone, TASKS)
+    assert (model.backbone.encoder.layer[0].output.dense.weight == 0.5).all()
 
 
 def test_a_backbones_dtype_is_kept():
