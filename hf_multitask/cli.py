@@ -61,7 +61,8 @@ def train(
     with _plain_errors():
         from .running import run_recipe
 
-        typer.echo(run_recipe(recipe, settings or [], resume=resume))
+        if table := run_recipe(recipe, settings or [], resume=resume):
+            typer.echo(table)
 
 
 @app.command()

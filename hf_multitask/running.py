@@ -21,7 +21,7 @@ _VERSIONS = ("hf_multitask", "torch", "transformers", "datasets", "accelerate")
 
 
 def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = False) -> str:
-    """Train a recipe and return the closing table.
+    """Train a recipe and return the closing table (on the main process; elsewhere an empty text).
 
     The output folder gets the model, its tokenizer, the trainer's state, and `results.json`: the recipe as it was
     run, versions, and per task the rows seen, its share of all rows, and its metrics on the validation rows (and on
@@ -54,9 +54,10 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
     if test is not None:
         metrics |= trainer.evaluate(test, metric_key_prefix="test")
     results = collect_results(recipe, trainer, metrics, outcome.metrics)
-    if trainer.is_world_process_zero():
-        file = Path(str(trainer.args.output_dir), "results.json")
-        file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not trainer.is_world_process_zero():
+        return ""
+    file = Path(str(trainer.args.output_dir), "results.json")
+    file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"
 
 

@@ -90,7 +90,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
         if self.tasks:
             if args is None:
                 args = MultiTaskTrainingArguments(output_dir="tmp_trainer")
-            args = self._settle_args(args, compute_metrics, compute_loss_func)
+            args = self._settle_args(args, compute_loss_func)
             check_tokenizer(processing_class, probe)
             self._sources = make_sources(self.tasks, probe.shares_rows)
             self._preparing = {
@@ -113,6 +113,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
             self.loss_is_scaled_for_ga = True
             self.progress = TaskProgress([task.name for task in self.tasks])
             self.guard = LossGuard()
+            self._weights = {task.name: task.weight for task in self.tasks}
         elif isinstance(train_dataset, Mapping):
             raise ValueError(
                 f"train_dataset is a dictionary of datasets, but {type(probe).__name__} is no multi-task model; "
@@ -133,7 +134,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
 
     # ---- arguments and datasets ----
 
-    def _settle_args(self, args: Any, compute_metrics: Any, compute_loss_func: Any) -> MultiTaskTrainingArguments:
+    def _settle_args(self, args: Any, compute_loss_func: Any) -> MultiTaskTrainingArguments:
         """Return a copy of the arguments, after refusing those that several tasks cannot honour."""
         if not isinstance(args, MultiTaskTrainingArguments):
             raise TypeError(
@@ -199,7 +200,11 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward; heads whose task the window lacks end up without a gradient."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self.tasks or not self.accelerator.sync_gradients:
+        if not self.tasks:
+            return loss
+        # What is not finite is the guard's matter; in the running mean of the loss it would stay for good.
+        loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+        if not self.accelerator.sync_gradients:
             return loss
         bad = self.guard.check(self.args.device, self.args.world_size)
         if bad is not None:
@@ -222,9 +227,8 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
         window = num_items_in_batch
         outputs = model(**{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}})
         shares = window.shares(self.args.loss_reduction)
-        weights = {task.name: task.weight for task in self.tasks}
         losses = outputs["task_losses"]
-        loss = sum(shares[task] * weights[task] * task_loss for task, task_loss in losses.items())
+        loss = sum(shares[task] * self._weights[task] * task_loss for task, task_loss in losses.items())
         self.progress.add_losses(losses)
         self.guard.add(outputs["row_losses"])
         if self.args.world_size > 1:
