@@ -29,6 +29,7 @@ Tasks with the same `dataset` read the same rows. A backbone may be `quickstart:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,6 +45,7 @@ from .training_args import MultiTaskTrainingArguments
 __all__ = ["Recipe", "RecipeParts", "build", "load_recipe", "parse_overrides"]
 
 _PREFIX = "quickstart:"
+_CHANGED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
 _SPLITS = ("train", "validation", "test")
 _LOADING = ("path", "name", "revision", "data_files", "data_dir")
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -102,14 +104,25 @@ def parse_overrides(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
     return overrides
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `no` and `off` are words (and may be labels), `1e-4` is a number."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"([-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
 def _parse(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:  # YAML 1.1 takes 1e-4 for text
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
 def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -127,7 +140,7 @@ def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"recipe {str(path)!r} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {str(path)!r} is not valid YAML: {error}") from None
     if not isinstance(content, dict):

@@ -78,6 +78,18 @@ def test_settings_change_values_of_tasks_by_name_and_number(folder):
     assert recipe.training["task_sampling_kwargs"] == {"alpha": 0.5}
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [("no", "no"), ("yes", "yes"), ("off", "off"), ("true", True), ("False", False), ("1e-4", 1e-4), ("2.5E+3", 2500.0)]
+    + [("10", 10), ("1.5", 1.5), ("-.5", -0.5), ("null", None), ("[no, 3]", ["no", 3]), ("e5", "e5"), ("1e", "1e")]
+    + [("1.2.3", "1.2.3"), ("'3'", "3"), (".inf", float("inf")), ("tweets", "tweets")],
+)
+def test_values_are_what_people_expect_of_them(folder, text, value):
+    recipe = load_recipe(folder / "job.yaml", [f"tasks.tone.metric={text}"])
+    found = recipe.tasks[0]["metric"]
+    assert found == value and type(found) is type(value)
+
+
 BAD = {
     "tranining.max_steps=3": "'tranining', did you mean 'training'",
     "training.max_stepz=3": "'max_stepz', did you mean 'max_steps'",

@@ -133,7 +133,7 @@ class Task:
         labels = tuple(labels)
         for label in labels:
             if not isinstance(label, str) or not label:
-                raise self._fail(f"label {label!r} is not a non-empty string; in YAML, put it in quotes")
+                raise self._fail(f"label {label!r} is not a non-empty string")
         repeated = sorted({label for label in labels if labels.count(label) > 1}) if len(labels) < 5000 else []
         if repeated or len(set(labels)) != len(labels):
             raise self._fail(f"labels appear more than once: {', '.join(map(repr, repeated)) or 'several'}")

@@ -81,8 +81,9 @@ def test_tasks_on_the_same_rows_share_a_pass_even_if_passes_are_free(cost_in_tok
     assert twins > 10
 
 
-def test_lengths_that_two_tasks_know_of_the_same_rows_give_the_longer():
-    (one,) = plan_passes({"a": Segment(0, 4, 7), "b": Segment(0, 4, 9)}, 0)
+@pytest.mark.parametrize("lengths", [(7, 9), (9, 7)])
+def test_lengths_that_two_tasks_know_of_the_same_rows_give_the_longer(lengths):
+    (one,) = plan_passes({"a": Segment(0, 4, lengths[0]), "b": Segment(0, 4, lengths[1])}, 0)
     assert one == EncoderPass(0, 4, 9, ("a", "b"))
 
 

@@ -169,10 +169,10 @@ def test_an_unknown_or_missing_key_is_named(values, message):
 
 SINGLE, MULTI, SCORE, TOKENS = TaskType
 BAD = {
-    "unknown label type": (
+    "label a truth value": (
         SINGLE,
         {"labels": ("no", False)},
-        r"label False is not a non-empty string; in YAML, put it in q",
+        r"label False is not a non-empty string",
     ),
     "number as label": (SINGLE, {"labels": (1, 2)}, r"label 1 is not a non-empty string"),
     "empty label": (SINGLE, {"labels": ("a", "")}, r"label '' is not a non-empty string"),
