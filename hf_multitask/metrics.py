@@ -99,11 +99,13 @@ def _single_label(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict
 
     known = labels != IGNORE_INDEX
     predicted, labels = predicted[known], labels[known]
-    result = {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-        "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of splits with rows of one label only
+        result = {
+            "accuracy": float(accuracy_score(labels, predicted)),
+            "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+            "matthews_correlation": float(matthews_corrcoef(labels, predicted)),
+        }
     if task.num_outputs == 2:
         result["f1"] = float(f1_score(labels, predicted, zero_division=0))
     return result
@@ -113,9 +115,13 @@ def _multi_label(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[
     from sklearn.metrics import accuracy_score, f1_score
 
     labels = labels.astype(np.int64)
+    # A single column is a binary problem to scikit-learn, whose averages would count the absent label as well.
+    average = (
+        dict.fromkeys(("micro", "macro"), "binary") if task.num_outputs == 1 else {"micro": "micro", "macro": "macro"}
+    )
     return {
-        "micro_f1": float(f1_score(labels, predicted, average="micro", zero_division=0)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "micro_f1": float(f1_score(labels, predicted, average=average["micro"], zero_division=0)),
+        "macro_f1": float(f1_score(labels, predicted, average=average["macro"], zero_division=0)),
         "accuracy": float(accuracy_score(labels, predicted)),
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -98,8 +97,6 @@ def collect_results(
             for split, prefix in (("validation", "eval"), ("test", "test"))
             if f"{prefix}_{task.name}_{primary}" in metrics
         }
-    # Kilobytes on Linux, bytes on macOS.
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     return {
         "recipe": recipe.to_dict(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
@@ -108,7 +105,7 @@ def collect_results(
         "steps": trainer.state.global_step,
         "train_seconds": round(training["train_runtime"], 1),
         "train_loss": training["train_loss"],
-        "peak_memory_mib": round(memory),
+        "peak_memory_mib": peak_memory(),
         "device": str(trainer.args.device),
     }
 
@@ -136,3 +133,13 @@ def format_table(results: dict[str, Any]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def peak_memory() -> int | None:
+    """Return the most memory this process has held so far, in MiB, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # Kilobytes on Linux, bytes on macOS.
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024))

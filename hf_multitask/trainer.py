@@ -98,6 +98,8 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
                 "max_length": longest_input(processing_class, probe, args.max_length),
                 "num_proc": args.dataset_num_proc,
             }
+            for task in self.tasks:
+                longest_input(processing_class, probe, task.max_length, f"task {task.name!r}: ")
             self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
             check_primary_task(args, self.tasks, self._sources, self._metrics, eval_dataset)
             _check_output_dir(args.output_dir)

@@ -333,3 +333,14 @@ def test_the_formulas_here_are_the_fields_own():
     expected = by_hand(SINGLE, logits, labels)
     assert expected["macro_f1"] == pytest.approx(f1_score(labels, logits.argmax(1), average="macro"))
     assert expected["matthews_correlation"] == pytest.approx(matthews_corrcoef(labels, logits.argmax(1)))
+
+
+def test_one_label_alone_is_scored_as_itself_not_against_its_absence():
+    from hf_multitask.metrics import compute_default_metrics
+
+    task = Task("x", "multi_label_classification", labels=("a",))
+    labels = np.array([[1.0], [0.0], [0.0], [1.0]])
+    nothing = compute_default_metrics(task, np.full((4, 1), -1.0), labels)
+    assert nothing["micro_f1"] == nothing["macro_f1"] == 0.0 and nothing["accuracy"] == 0.5
+    half = compute_default_metrics(task, np.array([[1.0], [1.0], [-1.0], [-1.0]]), labels)
+    assert half["micro_f1"] == half["macro_f1"] == 0.5

@@ -138,6 +138,8 @@ class LabelEncoder:
         if self._kind == "name" or isinstance(self._value, ClassLabel):
             present = {self._single(item, row) for item in value}
             return [float(i in present) for i in range(len(labels))]
+        if self._kind == "empty" and not value:
+            return [0.0] * len(labels)
         if len(value) != len(labels) or any(item is None or item not in (0, 1) for item in value):
             raise self._fail(
                 f"row {row} of column {self.column!r} holds {value!r}; it must hold {len(labels)} numbers, 0 or 1, "
@@ -192,6 +194,6 @@ def infer_labels(dataset: Any, column: str) -> tuple[str, ...]:
         raise ValueError(f"column {column!r} holds {feature}, from which no label names follow; give labels: [...]")
     distinct: set[str] = set()
     for cell in dataset.with_format(None)[column]:
-        distinct.update([cell] if isinstance(cell, str) else cell or ())
+        distinct.update([cell] if isinstance(cell, str) else [name for name in cell or () if name is not None])
     # BIO tags: O first, as everywhere.
     return tuple(sorted(distinct, key=lambda name: (name != "O", name)))

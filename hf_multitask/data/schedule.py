@@ -60,18 +60,25 @@ class Schedule:
     def epoch(self, epoch: int) -> Iterator[int]:
         """Yield the indices of one epoch, in order: O(log T) each."""
         counts = self.counts_before(epoch)
-        current, following = self._probabilities(epoch), self._probabilities(epoch + 1)
+        current = self._probabilities(epoch)
         start = list(self._targets)
         length = self.epoch_length
+        ahead: list[Sequence[float]] = [current]
 
         def place(index: int, level: float) -> float:
-            # First place n (from 1, in this epoch) at which X_index(n) reaches the level. Probabilities of the
-            # epochs after the next one are taken to stay: a deadline further away decides nothing today.
+            # First place n (from 1, counted in this epoch and on into later ones) at which X_index(n) reaches the level.
             gap = level - start[index]
-            here = current[index] * length
-            if gap <= here + _TOLERANCE:
-                return max(math.ceil(gap / current[index] - _TOLERANCE), 1) if current[index] else math.inf
-            return length + math.ceil((gap - here) / following[index] - _TOLERANCE) if following[index] else math.inf
+            if gap <= _TOLERANCE:
+                return 1
+            for later in range(_LOOKAHEAD):
+                if later == len(ahead):
+                    ahead.append(self._probabilities(epoch + later))
+                probability = ahead[later][index]
+                if gap <= probability * length + _TOLERANCE:
+                    return later * length + max(math.ceil(gap / probability - _TOLERANCE), 1)
+                gap -= probability * length
+            # So far away that it makes no difference how the shares change until then.
+            return _LOOKAHEAD * length + math.ceil(gap / probability) if probability else math.inf
 
         waiting = [(place(i, counts[i] + self._margin), i) for i in range(len(counts))]
         heapq.heapify(waiting)
@@ -90,6 +97,7 @@ class Schedule:
 
 
 _TOLERANCE = 1e-9
+_LOOKAHEAD = 64  # epochs
 
 
 def windows_per_epoch(total_rows: int, window_rows: int, drop_last: bool = False) -> int:

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -14,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-__all__ = ["align_memory", "backbone_options", "default_pooling", "load_backbone"]
+__all__ = ["align_memory", "backbone_options", "default_pooling", "load_backbone", "usable_positions"]
 
 logger = logging.get_logger(__name__)
 
@@ -75,6 +76,18 @@ def align_memory(model: PreTrainedModel) -> None:
         if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
             with torch.no_grad():
                 parameter.data = parameter.data.clone()
+
+
+def usable_positions(model: nn.Module) -> int | None:
+    """Return the longest input in tokens that a model has positions for, or None without such a limit.
+
+    Families after RoBERTa count positions from behind their padding id, so that many of the table's rows are never
+    reached.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
 
 
 def backbone_options(config_class: type[PreTrainedConfig]) -> dict[str, bool]:

@@ -170,7 +170,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
         )
         wrapped = cls(config, model)
         wrapped.config.dtype = model.dtype
-        return wrapped.to(model.dtype)  # type: ignore[arg-type]
+        return wrapped.to(model.dtype).eval()  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -249,20 +249,16 @@ class MultiTaskModel(PreTrainedModel, ABC):
             "inputs_embeds": inputs_embeds,
             "task_ids": task_ids,
         }
+        internals = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         # None stays unsaid, so that the configuration's own setting holds.
-        extras: dict[str, Any] = {
-            key: value
-            for key, value in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions))
-            if value is not None
-        }
-        wants_internals = any(
-            value if value is not None else getattr(self.config, key, False)
-            for key, value in (("output_hidden_states", output_hidden_states), ("output_attentions", output_attentions))
-        )
+        extras: dict[str, Any] = {key: value for key, value in internals.items() if value is not None}
+        wants_internals = any(extras.get(key, getattr(self.config, key, False)) for key in internals)
         if segments is None:
             segments = {
                 task.name: whole for task in self.tasks if not task.auxiliary or (labels and task.name in labels)
             }
+        if not segments:
+            raise ValueError("segments is empty")
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
         passes = [EncoderPass(0, rows, length, tuple(segments))] if wants_internals else plan_passes(segments, cost)
         logits: dict[str, Tensor] = {}

@@ -130,6 +130,8 @@ class Task:
     def _check_labels(self, labels: Sequence[str]) -> tuple[str, ...]:
         if isinstance(labels, str):
             raise self._fail(f"labels must be a list of names, got the string {labels!r}")
+        if not isinstance(labels, Iterable):
+            raise self._fail(f"labels must be a list of names, got {labels!r}")
         labels = tuple(labels)
         for label in labels:
             if not isinstance(label, str) or not label:
@@ -150,12 +152,14 @@ class Task:
             raise self._fail(f"dataset must be a name, got {self.dataset!r}")
         if len(self.text_columns) > 2 or not all(isinstance(c, str) and c for c in self.text_columns):
             raise self._fail(f"text_columns must name one column, or two for pairs, got {self.text_columns!r}")
+        if len(set(self.text_columns)) != len(self.text_columns):
+            raise self._fail(f"text_columns names one column twice: {self.text_columns!r}")
         if self.label_column in self.text_columns:
             raise self._fail(f"column {self.label_column!r} cannot be the text and the label at once")
         if self.type is TaskType.TOKEN_CLASSIFICATION and len(self.text_columns) != 1:
             raise self._fail("token_classification takes one text column, not a pair")
         weight = self.weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        if not _is_number(weight) or not 0 <= weight < math.inf:
             raise self._fail(f"weight must be a finite number of at least 0, got {weight!r}")
         if self.pooling not in (None, *_POOLINGS):
             raise self._fail(f"pooling {self.pooling!r} is not one of {', '.join(_POOLINGS)}")
@@ -163,14 +167,17 @@ class Task:
             raise self._fail(f"head {self.head!r} is not one of {', '.join(_HEADS)}")
         for field in ("head_dropout", "label_smoothing"):
             value = getattr(self, field)
-            if value is not None and not 0.0 <= value < 1.0:
+            if value is not None and not (_is_number(value) and 0.0 <= value < 1.0):
                 raise self._fail(f"{field} must lie in [0, 1), got {value!r}")
         if self.label_smoothing and self.type not in (
             TaskType.SINGLE_LABEL_CLASSIFICATION,
             TaskType.TOKEN_CLASSIFICATION,
         ):
             raise self._fail(f"label_smoothing is for losses with a softmax, not for {self.type}")
-        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 1):
+        if not isinstance(self.auxiliary, bool):
+            raise self._fail(f"auxiliary must be true or false, got {self.auxiliary!r}")
+        length = self.max_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
             raise self._fail(f"max_length must be a positive whole number, got {self.max_length!r}")
 
     @property
@@ -210,11 +217,15 @@ class Task:
         return cls(**arguments)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_name(name: object) -> None:
     rule = "a task name is made of letters, digits, '_' and '-', starts with no '-' and has at most 64 characters"
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"task name {name!r} cannot be a module and file name: {rule}")
-    if hasattr(nn.ModuleDict, name) or name == "training":
+    if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"task name {name!r} is taken by torch.nn.ModuleDict, which holds the heads; choose another")
     if name.lower() in _RESERVED_FILE_NAMES:
         raise ValueError(f"task name {name!r} is a reserved file name on some systems; choose another")
@@ -227,6 +238,10 @@ def check_tasks(tasks: Iterable[Task | dict[str, Any]]) -> list[Task]:
         ValueError: There is no task, two names are equal or differ in case only, no task is trained for its own sake,
             or all weights are zero.
     """
+    tasks = list(tasks)
+    for task in tasks:
+        if not isinstance(task, (Task, dict)):
+            raise ValueError(f"tasks must be Task objects (or dictionaries of their fields), got {task!r}")
     checked = [task if isinstance(task, Task) else Task.from_dict(task) for task in tasks]
     if not checked:
         raise ValueError("tasks is empty: a multi-task model needs at least one task")

@@ -12,7 +12,8 @@ from conftest import PAD_ID, make_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from hf_multitask import HardSharingModel, Task
-from hf_multitask.data.preprocessing import check_tokenizer, first_subword_labels, longest_input, prepare
+from hf_multitask.data.preprocessing import check_tokenizer, longest_input, prepare
+from hf_multitask.data.row_encoding import first_subword_labels
 from hf_multitask.data.sources import make_sources
 
 TONE = Task("tone", "single_label_classification", labels=("negative", "positive"))
@@ -371,7 +372,7 @@ def test_bad_rows_are_named_with_dataset_and_split(run, case):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda rows: rows.to_iterable_dataset(), r"is a streaming IterableDataset; load it with streaming=False"),
+        (lambda rows: rows.to_iterable_dataset(), r"is a streaming IterableDataset"),
         (lambda rows: DatasetDict(train=rows), r"must be a datasets.Dataset, got DatasetDict"),
         (lambda rows: rows.to_list(), r"must be a datasets.Dataset, got list"),
         (lambda rows: rows.to_pandas(), r"must be a datasets.Dataset, got DataFrame"),

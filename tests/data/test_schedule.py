@@ -318,3 +318,24 @@ def test_workers_load_the_same_batches(datasets, tasks, tokenizer, composition):
         assert one.keys() == other.keys() and one["segments"] == other["segments"]
         assert torch.equal(one["input_ids"], other["input_ids"])
         assert all(torch.equal(one["labels"][task], other["labels"][task]) for task in one["labels"])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_bound_holds_for_any_change_of_shares_between_epochs(seed):
+    draw = random.Random(seed)
+    size, length, epochs = draw.choice([2, 3, 5, 9]), draw.choice([3, 20, 57]), 8
+
+    def shares():
+        weights = [draw.random() ** draw.choice([1, 8]) if draw.random() < 0.8 else 0.0 for _ in range(size)]
+        weights[draw.randrange(size)] += 0.1
+        return [weight / sum(weights) for weight in weights]
+
+    table = [shares() for _ in range(epochs)]
+    schedule = Schedule(lambda epoch: table[min(epoch, epochs - 1)], length)
+    targets, counts, worst = [0.0] * size, [0] * size, 0.0
+    for epoch in range(epochs):
+        for index in schedule.epoch(epoch):
+            counts[index] += 1
+            targets = [x + p for x, p in zip(targets, table[epoch], strict=True)]
+            worst = max(worst, *(abs(a - x) for a, x in zip(counts, targets, strict=True)))
+    assert worst <= 1 - 1 / (2 * size - 2) + 1e-6

@@ -642,3 +642,10 @@ def test_resized_embeddings_are_saved_and_loaded(tmp_path, name, part):
     batch = make_batch()
     batch["input_ids"][0, 0] = 94
     assert_equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_fresh_model_is_ready_to_be_used_like_a_loaded_one(bert, tasks):
+    model = HardSharingModel.from_backbone(bert.eval(), tasks)
+    assert not any(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="segments is empty"):
+        model(input_ids=torch.tensor([[1, 2]]), segments={})

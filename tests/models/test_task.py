@@ -266,3 +266,30 @@ def test_tasks_that_would_train_nothing_are_refused():
     with pytest.raises(ValueError, match="the weights of all tasks are 0"):
         check_tasks([replace(one, weight=0), replace(other, weight=0.0)])
     assert len(check_tasks([replace(one, weight=0), replace(other, auxiliary=True, weight=0.1)])) == 2
+
+
+@pytest.mark.parametrize("name", ["_modules", "_parameters", "training", "_buffers"])
+def test_names_that_the_heads_container_uses_itself_are_refused(name):
+    with pytest.raises(ValueError, match="taken by torch.nn.ModuleDict"):
+        Task(name, "regression")
+
+
+BAD_VALUES = {
+    "labels": (3, "list of names"),
+    "head_dropout": ("0.1", "head_dropout"),
+    "max_length": (True, "max_length"),
+    "auxiliary": ("false", "true or false"),
+    "text_columns": (("a", "a"), "one column twice"),
+}
+
+
+@pytest.mark.parametrize("field", BAD_VALUES)
+def test_values_of_the_wrong_kind_are_named(field):
+    value, message = BAD_VALUES[field]
+    with pytest.raises(ValueError, match=f"task 'x': .*{message}"):
+        Task("x", "regression", **{field: value})
+
+
+def test_what_is_no_task_is_refused():
+    with pytest.raises(ValueError, match="must be Task objects"):
+        check_tasks(["a"])

@@ -1,0 +1,267 @@
+"""One batch of raw rows → the columns of prepared rows, or an error that names task, column and row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from ..models.heads import IGNORE_INDEX
+from ..models.task import Task, TaskType
+from .labels import LabelEncoder, label_feature
+from .sources import Source, label_key
+
+__all__ = ["RowEncoder", "make_row_encoder"]
+
+_VERSION = 2  # part of the cache key: raise it when the prepared form changes
+
+
+def make_row_encoder(
+    features: Features, source: Source, tokenizer: PreTrainedTokenizerBase | None, max_length: int, labels: bool | None
+) -> RowEncoder:
+    """Return what prepares rows of these `features`; the other arguments and errors are those of `prepare`."""
+    max_length = source.tasks[0].max_length or max_length
+    if "input_ids" in features:
+        return _TokenizedRows(features, source, labels, max_length, tokenizer)
+    return _TextRows(features, source, labels, max_length, tokenizer)
+
+
+class RowEncoder:
+    """Common part of the two kinds of rows: finds the label columns, encodes a batch of rows."""
+
+    special_tokens = 0
+    has_token_types = False
+
+    def __init__(self, columns: Features, source: Source, labels: bool | None, max_length: int) -> None:
+        self.max_length = max_length
+        self.labelled: list[Task] = []
+        self.encoders: dict[str, LabelEncoder] = {}
+        for task in source.tasks:
+            column = self._label_column(task, columns, source)
+            if column not in columns:
+                if labels:
+                    raise ValueError(
+                        f"task {task.name!r}: no column {column!r} for the labels; columns are {', '.join(columns)}"
+                    )
+                continue
+            if labels is not False:
+                self.labelled.append(task)
+                self.encoders[task.name] = self._make_encoder(task, column, columns)
+
+    def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        """Return the columns of prepared rows, for a batch of rows and their numbers (consecutive ones)."""
+        raise NotImplementedError
+
+    @property
+    def features(self) -> Features:
+        """Columns and types of prepared rows."""
+        return Features(
+            {"input_ids": List(Value("int32"))}
+            | ({"token_type_ids": List(Value("int8"))} if self.has_token_types else {})
+            | {label_key(task.name): label_feature(task) for task in self.labelled}
+        )
+
+    def _label_column(self, task: Task, columns: Features, source: Source) -> str:
+        return task.label_column
+
+    def _make_encoder(self, task: Task, column: str, columns: Features) -> LabelEncoder:
+        return LabelEncoder(task, column, columns)
+
+    def key(self) -> list[Any]:
+        """Return what the result depends on, besides the dataset."""
+        return [
+            type(self).__name__,
+            _VERSION,
+            [(task.to_dict(), self.encoders[task.name].column) for task in self.labelled],
+        ]
+
+    def fingerprint(self, dataset: Dataset) -> str:
+        """Return a cache key of content: pickling a tokenizer would hash the padding it was last called with."""
+        return Hasher.hash([dataset._fingerprint, *self.key()])
+
+
+class _TextRows(RowEncoder):
+    """Rows of text."""
+
+    def __init__(
+        self,
+        columns: Features,
+        source: Source,
+        labels: bool | None,
+        max_length: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        self.columns = source.text_columns
+        for column in self.columns:
+            if column not in columns:
+                raise ValueError(
+                    f"task {source.tasks[0].name!r}: no text column {column!r}; columns are {', '.join(columns)}"
+                )
+        if tokenizer is None:
+            raise ValueError("processing_class is missing: the rows hold text and need the backbone's tokenizer")
+        self.words = isinstance(columns[self.columns[0]], List)
+        for column in self.columns:
+            feature = columns[column]
+            value = feature.feature if isinstance(feature, List) else feature
+            if not isinstance(value, Value) or value.dtype not in ("string", "large_string"):
+                raise ValueError(
+                    f"text column {column!r} has the type {feature}; it must hold strings or lists of words"
+                )
+            if isinstance(feature, List) != self.words:
+                raise ValueError(f"text columns {self.columns}: one holds texts, the other lists of words")
+        super().__init__(columns, source, labels, max_length)
+        for task in self.labelled:
+            if task.type is TaskType.TOKEN_CLASSIFICATION and not self.words:
+                raise ValueError(
+                    f"task {task.name!r}: column {self.columns[0]!r} must hold lists of words, one per tag"
+                )
+        self.tokenizer = tokenizer
+        pair = len(self.columns) == 2
+        self.special_tokens = tokenizer.num_special_tokens_to_add(pair=pair)
+        if max_length <= self.special_tokens:
+            raise ValueError(
+                f"max_length={max_length} leaves no room: the tokenizer adds {self.special_tokens} special tokens"
+            )
+        # For single texts they are all 0, which is what a backbone takes without them.
+        self.has_token_types = pair and "token_type_ids" in tokenizer.model_input_names
+
+    def key(self) -> list[Any]:
+        side = self.tokenizer.truncation_side
+        return [
+            *super().key(),
+            self.columns,
+            self.max_length,
+            self.has_token_types,
+            side,
+            _tokenizer_key(self.tokenizer),
+        ]
+
+    def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        texts = [batch[column] for column in self.columns]
+        for column, values in zip(self.columns, texts, strict=True):
+            for row, value in zip(indices, values, strict=True):
+                if value is not None and not isinstance(value, list if self.words else str):
+                    # Only in a stream whose types are not declared, after other types in its first rows.
+                    wanted = "a list of words" if self.words else "a text"
+                    raise ValueError(f"row {row} of column {column!r} holds {value!r}, which is not {wanted}")
+                if value is None or (self.words and None in value):
+                    raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
+        encoded = self.tokenizer(
+            *texts,
+            truncation=True,
+            max_length=self.max_length,
+            is_split_into_words=self.words,
+            return_attention_mask=False,
+            return_token_type_ids=self.has_token_types,
+        )
+        result = {"input_ids": encoded["input_ids"]}
+        if self.has_token_types:
+            result["token_type_ids"] = encoded["token_type_ids"]
+        for task in self.labelled:
+            encoder = self.encoders[task.name]
+            labels = encoder.encode(batch[encoder.column], indices[0])
+            if task.type is TaskType.TOKEN_CLASSIFICATION:
+                for row, words, tags in zip(indices, texts[0], labels, strict=True):
+                    if len(words) != len(tags):
+                        raise ValueError(
+                            f"task {task.name!r}: row {row} has {len(words)} words in column {self.columns[0]!r} and "
+                            f"{len(tags)} labels in column {encoder.column!r}"
+                        )
+                labels = [first_subword_labels(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
+            result[label_key(task.name)] = labels
+        return result
+
+
+class _TokenizedRows(RowEncoder):
+    """Rows that were tokenized before; padding is taken out again."""
+
+    def __init__(
+        self,
+        columns: Features,
+        source: Source,
+        labels: bool | None,
+        max_length: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        super().__init__(columns, source, labels, max_length)
+        self.has_token_types = "token_type_ids" in columns
+        self.vocabulary = None if tokenizer is None else len(tokenizer)
+
+    def key(self) -> list[Any]:
+        return [*super().key(), self.max_length, self.vocabulary]
+
+    def _label_column(self, task: Task, columns: Features, source: Source) -> str:
+        candidates = [label_key(task.name), task.label_column]
+        if len(source.tasks) == 1:
+            candidates += ["labels", "label"]
+        return next((c for c in candidates if c in columns), task.label_column)
+
+    def _make_encoder(self, task: Task, column: str, columns: Features) -> LabelEncoder:
+        encoder = super()._make_encoder(task, column, columns)
+        if task.type is TaskType.TOKEN_CLASSIFICATION:
+            encoder._ids[IGNORE_INDEX] = IGNORE_INDEX
+        return encoder
+
+    def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        masks = batch.get("attention_mask") or [[1] * len(ids or ()) for ids in batch["input_ids"]]
+        for row, ids, mask in zip(indices, batch["input_ids"], masks, strict=True):
+            self._check(row, ids, mask)
+
+        def unpadded(values: list[list[int]]) -> list[list[int]]:
+            return [[v for v, m in zip(row, mask, strict=True) if m] for row, mask in zip(values, masks, strict=True)]
+
+        result = {key: unpadded(batch[key]) for key in ("input_ids", "token_type_ids") if key in batch}
+        for task in self.labelled:
+            encoder = self.encoders[task.name]
+            labels = encoder.encode(batch[encoder.column], indices[0])
+            if task.type is TaskType.TOKEN_CLASSIFICATION:
+                for row, ids, tags in zip(indices, batch["input_ids"], labels, strict=True):
+                    if len(ids) != len(tags):
+                        raise ValueError(
+                            f"task {task.name!r}: row {row} has {len(ids)} input_ids and {len(tags)} labels in column "
+                            f"{encoder.column!r}"
+                        )
+                labels = unpadded(labels)
+            result[label_key(task.name)] = labels
+        return result
+
+    def _check(self, row: int, ids: Any, mask: Any) -> None:
+        if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+            raise ValueError(f"row {row} of column 'input_ids' holds {ids!r}; it must hold a list of token ids")
+        if not isinstance(mask, list) or len(mask) != len(ids):
+            raise ValueError(f"row {row}: attention_mask must be as long as input_ids, {len(ids)}; it is {mask!r}")
+        if sum(map(bool, mask)) > self.max_length:
+            # Cut here, the text would lose the token that ends it.
+            raise ValueError(
+                f"row {row} has {sum(map(bool, mask))} tokens, more than max_length={self.max_length}: tokenize with "
+                "truncation, or raise max_length"
+            )
+        if self.vocabulary is not None and ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            raise ValueError(f"row {row} holds token ids outside the tokenizer's 0 to {self.vocabulary - 1}")
+
+
+def first_subword_labels(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """Return one label per token: a word's at its first subword, -100 elsewhere.
+
+    Example:
+        >>> first_subword_labels([None, 0, 1, 1, None], [3, 5])
+        [-100, 3, 5, -100, -100]
+    """
+    labels, previous = [], None
+    for word in word_ids:
+        labels.append(IGNORE_INDEX if word is None or word == previous else tags[word])
+        previous = word
+    return labels
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return Hasher.hash(tokenizer)
+    state = json.loads(backend.to_str())
+    # These two are set by every call, and say nothing of how text becomes tokens.
+    return json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True)
