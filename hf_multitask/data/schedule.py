@@ -66,7 +66,7 @@ class Schedule:
         ahead: list[Sequence[float]] = [current]
 
         def place(index: int, level: float) -> float:
-            # First place n (from 1, counted in this epoch and on into later ones) at which X_index(n) reaches the level.
+            # First place n (from 1, counted in this epoch and on into later ones) where X_index(n) reaches the level.
             gap = level - start[index]
             if gap <= _TOLERANCE:
                 return 1
