@@ -194,6 +194,8 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
         """Collect the micro-batches of an optimizer step, and count its rows and items per task."""
         if not self.tasks:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], Window({}, {})  # resumed from its last checkpoint, a run would be trained one step too far
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         window = count_window(batches, self.progress.tasks, device, self.args.world_size)
         self.progress.add_window(window)

@@ -59,6 +59,7 @@ def main(out: str, composition: str, reduction: str, sampling: str = "weighted",
             },
             out,
         )
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 

@@ -142,6 +142,27 @@ def test_more_steps_are_a_continuation_unless_the_strategy_needs_the_length(
         annealed(8).train(resume_from_checkpoint=str(tmp_path / "annealed" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("batch", [8, 6])  # 9 and 12 windows make an epoch: the last step is inside one
+def test_a_run_that_was_through_is_not_trained_further(make_trainer, bert, tasks, tmp_path, batch):
+    def make():
+        torch.manual_seed(0)
+        return make_trainer(
+            HardSharingModel.from_backbone(bert, tasks),
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            per_device_train_batch_size=batch,
+            output_dir=str(tmp_path / "through"),
+        )
+
+    whole = make()
+    whole.train()
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4 and again.progress.rows_seen == whole.progress.rows_seen
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
+
+
 def test_save_only_model_leaves_no_state_to_resume_from(make_trainer, model, tmp_path):
     trainer = make_trainer(model, save_strategy="steps", save_steps=4, save_only_model=True)
     trainer.train()

@@ -54,7 +54,14 @@ def worker(folder: Path, sampling: str) -> None:
         ),
     ]
     set_seed(0)
-    config = BertConfig(len(tokenizer), 64, 2, 4, 128, max_position_embeddings=64)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+    )
     model = HardSharingModel.from_backbone(BertModel(config), tasks)
 
     class RowOrder(TrainerCallback):
@@ -101,6 +108,7 @@ def worker(folder: Path, sampling: str) -> None:
         rows_read = dict(line.split() for line in (folder / "rows.txt").read_text().splitlines())
         end = {"weights": digest.hexdigest(), "losses": losses, "rows": rows_read, "seen": trainer.progress.rows_seen}
         (folder / "end.json").write_text(json.dumps(end))
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 
