@@ -37,12 +37,18 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "multitask_state.json"
+_TASK_FIELDS = ("name", "type", "labels", "weight", "auxiliary", "label_smoothing", "max_length")
 # Strategies whose probabilities depend on how long the whole training is.
 _NEED_LENGTH = ("annealed", "unimax")
 
 
 def describe_run(
-    args: MultiTaskTrainingArguments, tasks: Sequence[Task], sizes: Mapping[str, int], rows_per_batch: int, steps: int
+    args: MultiTaskTrainingArguments,
+    tasks: Sequence[Task],
+    sizes: Mapping[str, int],
+    rows_per_batch: int,
+    steps: int,
+    max_length: int,
 ) -> dict[str, Any]:
     """Return what must stay the same when a run goes on from a checkpoint, as plain JSON types.
 
@@ -52,9 +58,11 @@ def describe_run(
         sizes: Training rows by source.
         rows_per_batch: Rows of a micro-batch on one process.
         steps: Optimizer steps of the whole training.
+        max_length: Longest input in tokens, where a task sets none.
     """
     run = {
-        "tasks": [{"name": task.name, "type": task.type.value, "labels": list(task.labels or ())} for task in tasks],
+        "tasks": [{key: task.to_dict()[key] for key in _TASK_FIELDS} for task in tasks],
+        "max_length": max_length,
         "training rows": dict(sizes),
         "task_sampling": args.task_sampling,
         "task_sampling_kwargs": args.mixing_kwargs,
@@ -99,8 +107,8 @@ def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) ->
     return [
         f"task {a['name']!r}, {key}: {a[key]!r} in the checkpoint, {b[key]!r} now"
         for a, b in zip(before, after, strict=True)
-        for key in ("type", "labels")
-        if a[key] != b[key]
+        for key in _TASK_FIELDS
+        if a.get(key) != b.get(key)
     ]
 
 
@@ -121,6 +129,8 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
         A few words, or None for a complete checkpoint.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
     for name in ("trainer_state.json", STATE_NAME):
         try:
             json.loads((folder / name).read_text(encoding="utf-8"))
@@ -169,6 +179,7 @@ class MultiTaskCheckpoints(Trainer):
     tasks: list[Task]
     progress: TaskProgress
     guard: LossGuard
+    _preparing: dict[str, Any]
 
     def train(
         self,
@@ -178,17 +189,23 @@ class MultiTaskCheckpoints(Trainer):
     ) -> Any:
         """Train; `resume_from_checkpoint=True` goes on from the last *complete* checkpoint."""
         if self.tasks and resume_from_checkpoint is True:
-            resume_from_checkpoint, skipped = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size)
-            for folder, reason in skipped.items():
-                logger.warning(f"checkpoint {folder} is not complete and is passed over: {reason}")
-            if resume_from_checkpoint is None:
+            found, skipped = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size)
+            for folder, why in skipped.items():
+                logger.warning(f"checkpoint {folder} is not complete and is passed over: {why}")
+            if found is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir!r} to go on from")
+            resume_from_checkpoint = found
+        elif self.tasks and isinstance(resume_from_checkpoint, str):
+            reason = incompleteness(resume_from_checkpoint, self.args.world_size)
+            if reason is not None:
+                raise ValueError(f"cannot go on from {resume_from_checkpoint!r}, it is not complete: {reason}")
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _describe_run(self) -> dict[str, Any]:
         sampler = make_sampler(self.args, self.train_dataset.sizes, self._train_batch_size)
         steps = total_steps(self.args, len(sampler) // self.args.gradient_accumulation_steps)
-        return describe_run(self.args, self.tasks, self.train_dataset.sizes, self._train_batch_size, steps)
+        sizes, length = self.train_dataset.sizes, self._preparing["max_length"]
+        return describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begin the counts anew, or take them from a checkpoint of the same run."""
@@ -198,7 +215,10 @@ class MultiTaskCheckpoints(Trainer):
             state = read_state(checkpoint) if checkpoint else None
             if checkpoint and state is not None:
                 compare_runs(checkpoint, state["run"], self._describe_run())
+            # What the texts were cut to in training is what a saved model cuts them to.
+            self.accelerator.unwrap_model(self.model).config.max_input_length = self._preparing["max_length"]
             self.progress.restart((state or {}).get("rows_seen", {}))
+            self.guard = LossGuard()
             self.guard.skipped = (state or {}).get("skipped_steps", 0)
         return super()._init_training_state(*args, **kwargs)
 

@@ -35,11 +35,9 @@ def _plain_errors() -> Iterator[None]:
     """Show a mistake in the input as one message, without the way the program took to find it."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError)
-            and type(error) is not RuntimeError
-            and "hf_multitask" not in str(type(error).__module__)
+    except Exception as error:
+        if not isinstance(error, (ValueError, TypeError, OSError)) and not type(error).__module__.startswith(
+            "hf_multitask"
         ):
             raise
         typer.echo(f"Error: {error}", err=True)

@@ -20,7 +20,7 @@ from .metrics import default_metric_names, greater_is_better, metric_function, p
 from .models.task import Task, TaskType, closest
 from .training_args import MultiTaskTrainingArguments
 
-__all__ = ["MultiTaskEvaluation", "SourceMetrics", "average_metric", "check_compute_metrics", "check_primary_task"]
+__all__ = ["MultiTaskEvaluation", "SourceMetrics", "average_metric", "check_compute_metrics", "settle_best_metric"]
 
 
 class SourceMetrics:
@@ -42,6 +42,7 @@ class SourceMetrics:
         self._compute = {task.name: metric_function(task, custom.get(task.name)) for task in tasks}
         self._preprocess = preprocess
         self._prefix = prefix
+        self.results: dict[str, dict[str, float]] = {}  # by task; full keys alone cannot be told apart by name
         # Nothing but the best label of each token is needed for these; logits of every token would fill the memory.
         self._argmax = {t.name for t in tasks if t.name not in custom and t.type is TaskType.TOKEN_CLASSIFICATION}
 
@@ -71,7 +72,8 @@ class SourceMetrics:
                     EvalPrediction(predictions=logits[0], label_ids=labels, losses=losses, inputs=prediction.inputs)
                 )
             loss = float(np.sum(losses, dtype=np.float64) / max(np.sum(items), 1))
-            metrics |= {f"{self._prefix}_{task}_{key}": value for key, value in ({**values, "loss": loss}).items()}
+            self.results[task] = {**values, "loss": loss}
+            metrics |= {f"{self._prefix}_{task}_{key}": value for key, value in self.results[task].items()}
         return metrics
 
 
@@ -105,23 +107,56 @@ def check_compute_metrics(compute_metrics: Any, tasks: Sequence[Task]) -> dict[s
     return dict(compute_metrics)
 
 
-def check_primary_task(
+def settle_best_metric(
     args: MultiTaskTrainingArguments,
     tasks: Sequence[Task],
-    sources: Sequence[Source],
     compute_metrics: Mapping[str, Any],
     eval_dataset: Any,
 ) -> None:
-    """Set the metric that picks the best checkpoint: the primary task's, or the average; `args` is the trainer's copy.
+    """Set which metric picks the best checkpoint, and its direction; `args` is the trainer's own copy.
+
+    It is the primary task's, else the one that was given, else `eval_average`.
 
     Raises:
         ValueError: The primary task does not exist, is auxiliary, is not evaluated, or its metric has no known name;
-            or `metric_for_best_model` is given and says something else.
+            `metric_for_best_model` is none that an evaluation has, or contradicts the primary task; or the average
+            should decide and mixes metrics of which more is better with others of which less is.
     """
-    if args.primary_task is None:
-        if not args._metric_was_given and args.metric_for_best_model is not None:
-            args.metric_for_best_model, args.greater_is_better = "eval_average", True
-        return
+    given = args.metric_for_best_model if args._metric_was_given else None
+    if args.primary_task is not None:
+        metric = _primary_key(args, tasks, compute_metrics, eval_dataset)
+        if given is not None and given not in (metric, metric.removeprefix("eval_")):
+            raise ValueError(
+                f"metric_for_best_model={given!r} contradicts primary_task={args.primary_task!r}, "
+                f"which means {metric!r}; give one of them"
+            )
+    else:
+        metric = "eval_average" if given is None else f"eval_{given.removeprefix('eval_')}"
+        known = [f"eval_{t.name}_{m}" for t in tasks for m in (*default_metric_names(t), "loss")] + ["eval_average"]
+        custom = tuple(f"eval_{task}_" for task in compute_metrics)
+        if metric not in known and not (custom and metric.startswith(custom)):
+            raise ValueError(f"metric_for_best_model {given!r} is in no evaluation{closest(metric, known)}")
+    up = greater_is_better(metric)
+    if metric == "eval_average":
+        primaries = {t.name: primary_metric(t, t.name in compute_metrics) for t in tasks if not t.auxiliary}
+        directions = {greater_is_better(name) for name in primaries.values()}
+        if len(directions) > 1:
+            if given is None and not args.load_best_model_at_end and args.save_strategy != "best":
+                return  # nobody asks
+            raise ValueError(
+                f"eval_average cannot pick the best checkpoint: of {primaries} some are better when larger, others "
+                "when smaller; set primary_task"
+            )
+        (up,) = directions
+    args.metric_for_best_model = metric
+    if not (args._metric_was_given and args._direction_was_given):
+        args.greater_is_better = up
+
+
+def _primary_key(
+    args: MultiTaskTrainingArguments, tasks: Sequence[Task], compute_metrics: Mapping[str, Any], eval_dataset: Any
+) -> str:
+    """Return the evaluation key of the primary task's primary metric."""
     by_name = {task.name: task for task in tasks}
     if args.primary_task not in by_name:
         raise ValueError(
@@ -138,43 +173,33 @@ def check_primary_task(
         raise ValueError(
             f"primary_task {task.name!r} has its own compute_metrics: name the one that decides, Task(metric=...)"
         )
-    metric = f"eval_{task.name}_{primary_metric(task, custom)}"
-    if args._metric_was_given and args.metric_for_best_model not in (metric, metric.removeprefix("eval_")):
-        raise ValueError(
-            f"metric_for_best_model={args.metric_for_best_model!r} contradicts primary_task={task.name!r}, "
-            f"which means {metric!r}; give one of them"
-        )
-    args.metric_for_best_model = metric
-    if not args._direction_was_given:
-        args.greater_is_better = greater_is_better(metric)
+    return f"eval_{task.name}_{primary_metric(task, custom)}"
 
 
 def average_metric(
-    metrics: Mapping[str, float], tasks: Sequence[Task], compute_metrics: Mapping[str, Any], prefix: str
-) -> float:
-    """Return the mean of the tasks' primary metrics.
+    results: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], compute_metrics: Mapping[str, Any]
+) -> float | None:
+    """Return the mean of the primary metrics of the evaluated tasks that are not auxiliary, or None without any.
 
     Args:
-        metrics: Metrics with their full keys.
-        tasks: The tasks to count.
+        results: By task, its metrics.
+        tasks: The model's tasks.
         compute_metrics: The user's metric functions by task. Where such a task names no primary metric, it is the
             first that the function returns.
-        prefix: Prefix of the keys.
 
     Raises:
         ValueError: A task's own `compute_metrics` does not return its primary metric.
     """
     values = []
     for task in tasks:
-        start, custom = f"{prefix}_{task.name}_", task.name in compute_metrics
-        if custom and task.metric is None:
-            key = next(key for key in metrics if key.startswith(start))
-        else:
-            key = start + primary_metric(task, custom)
-        if key not in metrics:
-            raise ValueError(f"task {task.name!r}: compute_metrics returned no {task.metric!r}")
-        values.append(metrics[key])
-    return float(np.mean(values))
+        if task.auxiliary or task.name not in results:
+            continue
+        found, custom = results[task.name], task.name in compute_metrics
+        metric = next(iter(found)) if custom and task.metric is None else primary_metric(task, custom)
+        if metric not in found:
+            raise ValueError(f"task {task.name!r}: compute_metrics returned no {metric!r}, only {', '.join(found)}")
+        values.append(found[metric])
+    return float(np.mean(values)) if values else None
 
 
 class MultiTaskEvaluation(Trainer):
@@ -215,14 +240,14 @@ class MultiTaskEvaluation(Trainer):
             raise ValueError("evaluate needs an eval_dataset")
         start, samples = time.time(), 0
         metrics: dict[str, float] = {}
-        evaluated: list[Task] = []
-        for source, output in self._run_sources(eval_dataset or self.eval_dataset, metric_key_prefix, ignore_keys):
+        results: dict[str, dict[str, float]] = {}
+        for _, output, by_task in self._run_sources(eval_dataset or self.eval_dataset, metric_key_prefix, ignore_keys):
             metrics |= output.metrics
+            results |= by_task
             samples += output.num_samples
-            evaluated += source.tasks
-        counted = [task for task in evaluated if not task.auxiliary]
-        if counted and not self.args.prediction_loss_only:
-            metrics[f"{metric_key_prefix}_average"] = average_metric(metrics, counted, self._metrics, metric_key_prefix)
+        average = None if self.args.prediction_loss_only else average_metric(results, self.tasks, self._metrics)
+        if average is not None:
+            metrics[f"{metric_key_prefix}_average"] = average
         steps = -(-samples // (self.args.eval_batch_size * self.args.world_size))
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=samples, num_steps=steps)
         self.log(metrics)
@@ -231,7 +256,7 @@ class MultiTaskEvaluation(Trainer):
         return metrics
 
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
-        """Predict every task that has rows.
+        """Predict every task that has rows and is not auxiliary.
 
         Args:
             test_dataset: Datasets by name; label columns may be missing.
@@ -248,14 +273,15 @@ class MultiTaskEvaluation(Trainer):
         dataset = self.prepare_datasets(test_dataset, "test_dataset", metric_key_prefix, complete=False, labels=None)
         outputs: dict[str, PredictionOutput] = {}
         metrics: dict[str, float] = {}
-        for source, output in self._run_sources(dataset, metric_key_prefix, ignore_keys, keep_logits=True):
+        for source, output, by_task in self._run_sources(dataset, metric_key_prefix, ignore_keys, keep_logits=True):
             for task in source.tasks:
-                start = f"{metric_key_prefix}_{task.name}_"
-                outputs[task.name] = PredictionOutput(
-                    predictions=output.predictions[task.name][0],
-                    label_ids=(output.label_ids or {}).get(task.name),
-                    metrics={key: value for key, value in output.metrics.items() if key.startswith(start)},
-                )
+                if not task.auxiliary:
+                    own = by_task.get(task.name, {})
+                    outputs[task.name] = PredictionOutput(
+                        predictions=output.predictions[task.name][0],
+                        label_ids=(output.label_ids or {}).get(task.name),
+                        metrics={f"{metric_key_prefix}_{task.name}_{key}": value for key, value in own.items()},
+                    )
             metrics |= output.metrics
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
@@ -263,25 +289,28 @@ class MultiTaskEvaluation(Trainer):
 
     def _run_sources(
         self, dataset: MultiTaskDataset, prefix: str, ignore_keys: list[str] | None, keep_logits: bool = False
-    ) -> Iterator[tuple[Source, Any]]:
+    ) -> Iterator[tuple[Source, Any, dict[str, dict[str, float]]]]:
         """Run one evaluation loop for each source: tasks that read the same rows share the encoder's pass."""
         for rows in dataset.split():
             (source,) = rows.sources
             description = f"Evaluation of {', '.join(task.name for task in source.tasks)}"
             sampler: Any = self._get_eval_sampler
             loader = self._get_dataloader(rows, description, self.args.eval_batch_size, sampler)
-            with self._metrics_of(source, prefix, keep_logits):
-                yield source, self.evaluation_loop(loader, description, None, ignore_keys, prefix)
+            # For predictions, logits are the point, whatever `prediction_loss_only` says of evaluations.
+            loss_only = False if keep_logits else None
+            with self._metrics_of(source, prefix, keep_logits) as metrics:
+                output = self.evaluation_loop(loader, description, loss_only, ignore_keys, prefix)
+                yield source, output, metrics.results
 
     @contextmanager
-    def _metrics_of(self, source: Source, prefix: str, keep_logits: bool) -> Iterator[None]:
+    def _metrics_of(self, source: Source, prefix: str, keep_logits: bool) -> Iterator[SourceMetrics]:
         """Make `evaluation_loop` compute the metrics of some tasks; `Trainer` keeps the functions in attributes."""
         kept = self.compute_metrics, self.preprocess_logits_for_metrics
         metrics = SourceMetrics(source.tasks, self._metrics, kept[1], prefix)
         self.compute_metrics = metrics
         self.preprocess_logits_for_metrics = None if keep_logits else metrics.reduce
         try:
-            yield
+            yield metrics
         finally:
             self.compute_metrics, self.preprocess_logits_for_metrics = kept
 

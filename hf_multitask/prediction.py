@@ -43,7 +43,7 @@ class Predictor:
     Args:
         model: The model.
         tokenizer: Its tokenizer, a fast one.
-        max_length: Longest input in tokens; longer texts are cut (default: what tokenizer and model allow).
+        max_length: Longest input in tokens; longer texts are cut (default: what the model was trained on).
 
     Raises:
         ValueError: The tokenizer cannot tell where its tokens lie in the text.
@@ -55,7 +55,7 @@ class Predictor:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.tasks = {task.name: task for task in model.tasks if not task.auxiliary}
-        self.max_length = longest_input(tokenizer, model, max_length)
+        self.max_length = longest_input(tokenizer, model, max_length or model.config.max_input_length)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> Predictor:
@@ -78,7 +78,7 @@ class Predictor:
 
         Args:
             texts: Strings; pairs of strings as a tuple; lists of words; or rows with the tasks' text columns.
-            tasks: Names of the tasks (default: all that are not auxiliary).
+            tasks: Names of the tasks (default: all that can read the text and are not auxiliary).
             batch_size: Texts per pass of the encoder.
 
         Raises:
@@ -88,44 +88,76 @@ class Predictor:
             if name not in self.tasks:
                 raise ValueError(f"no task {name!r}{closest(name, self.tasks)}; tasks are {', '.join(self.tasks)}")
         chosen = [self.tasks[name] for name in (tasks or self.tasks)]
-        rows = [self._read(text, chosen, number) for number, text in enumerate(texts)]
+        # What each input is for each way of reading it: the tasks that read it so share one pass of the encoder.
+        rows = [self._read(text, chosen, number, fitting=not tasks) for number, text in enumerate(texts)]
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            # A pass takes texts of one form: single or pair, running text or words.
-            kinds = [(len(row), isinstance(row[0], str)) for row in batch]
-            answers: list[dict[str, Any]] = [{}] * len(batch)
-            for kind in dict.fromkeys(kinds):
-                places = [i for i, other in enumerate(kinds) if other == kind]
-                for i, answer in zip(places, self._predict([batch[i] for i in places], chosen), strict=True):
-                    answers[i] = answer
-            yield from answers
+            answers: list[dict[str, Any]] = [{} for _ in batch]
+            passes: dict[tuple, tuple[list[int], list[tuple[Any, ...]]]] = {}
+            for i, readings in enumerate(batch):
+                for names, length, row in readings:
+                    # A pass takes texts of one form: single or pair, running text or words.
+                    places, inputs = passes.setdefault((names, length, len(row), isinstance(row[0], str)), ([], []))
+                    places.append(i)
+                    inputs.append(row)
+            for (names, length, *_), (places, inputs) in passes.items():
+                found = self._predict(inputs, [self.tasks[name] for name in names], length)
+                for i, answer in zip(places, found, strict=True):
+                    answers[i] |= answer
+            for answer in answers:
+                yield {task.name: answer[task.name] for task in chosen if task.name in answer}
 
-    def _read(self, text: Text, tasks: Sequence[Task], number: int) -> tuple[Any, ...]:
-        if isinstance(text, dict):
-            columns = next((t.text_columns for t in tasks if set(t.text_columns) <= set(text)), None)
-            if columns is None:
-                wanted = sorted({column for task in tasks for column in task.text_columns})
-                raise ValueError(f"input {number} has the keys {sorted(text)}; the tasks read {', '.join(wanted)}")
-            row = tuple(text[column] for column in columns)
-        else:
-            row = text if isinstance(text, tuple) else (text,)
-        for part in row:
-            words = isinstance(part, list) and all(isinstance(word, str) for word in part)
-            if not (isinstance(part, str) or words) or not part or (isinstance(part, str) and not part.strip()):
-                raise ValueError(f"input {number} is {part!r}; a text must be a non-empty string or list of words")
+    def _read(
+        self, text: Text, tasks: Sequence[Task], number: int, fitting: bool
+    ) -> list[tuple[tuple[str, ...], int, tuple[Any, ...]]]:
+        """Return how the tasks read one input: (names of the tasks, longest input, texts) for each way.
+
+        With `fitting`, tasks that read something else are left out; one must be left.
+        """
+        groups: dict[tuple, list[str]] = {}
+        misfits = []
         for task in tasks:
-            if len(task.text_columns) != len(row):
-                form = "a pair of texts" if len(task.text_columns) == 2 else "one text"
-                raise ValueError(f"input {number}: task {task.name!r} reads {form}, got {len(row)} text(s)")
-        return row
+            length = min(task.max_length or self.max_length, self.max_length)
+            if isinstance(text, dict):
+                fits = set(task.text_columns) <= set(text)
+                key: tuple = (length, task.text_columns)
+            else:
+                fits = len(task.text_columns) == (len(text) if isinstance(text, tuple) else 1)
+                key = (length, None)
+            if fits:
+                groups.setdefault(key, []).append(task.name)
+            else:
+                misfits.append(task)
+        if misfits and (not fitting or not groups):
+            task = misfits[0]
+            if isinstance(text, dict):
+                wanted = sorted({column for task in misfits for column in task.text_columns})
+                raise ValueError(
+                    f"input {number} has the keys {sorted(text)}; the tasks read {', '.join(wanted)}; "
+                    "choose the tasks that fit"
+                )
+            form = "a pair of texts" if len(task.text_columns) == 2 else "one text"
+            given = len(text) if isinstance(text, tuple) else 1
+            raise ValueError(
+                f"input {number}: task {task.name!r} reads {form}, got {given} text(s); choose other tasks"
+            )
+        readings = []
+        for (length, columns), names in groups.items():
+            row = tuple(text[c] for c in columns) if columns else text if isinstance(text, tuple) else (text,)
+            for part in row:
+                words = isinstance(part, list) and all(isinstance(word, str) for word in part)
+                if not (isinstance(part, str) or words) or not part or (isinstance(part, str) and not part.strip()):
+                    raise ValueError(f"input {number} is {part!r}; a text must be a non-empty string or list of words")
+            readings.append((tuple(names), length, row))
+        return readings
 
     @torch.inference_mode()
-    def _predict(self, rows: Sequence[tuple[Any, ...]], tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    def _predict(self, rows: Sequence[tuple[Any, ...]], tasks: Sequence[Task], length: int) -> list[dict[str, Any]]:
         words = not isinstance(rows[0][0], str)
         encoded = self.tokenizer(
             *[[row[i] for row in rows] for i in range(len(rows[0]))],
             truncation=True,
-            max_length=self.max_length,
+            max_length=length,
             padding=True,
             padding_side="right",
             is_split_into_words=words,

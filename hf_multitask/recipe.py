@@ -23,7 +23,9 @@ A task has the fields of [`Task`]; `labels` may be left out where the training r
   splits have other names, `train`, `validation`, `test`; `validation: 0.1` takes a tenth of the training rows, and
   `test: null` leaves a split out.
 
-Tasks with the same `dataset` read the same rows. A backbone may be `quickstart:NAME`, too.
+Tasks with the same `dataset` read the same rows. A backbone may be `quickstart:NAME`, too. `model.tokenizer_kwargs`
+are arguments of its tokenizer (`pad_token: "<|endoftext|>"` for a decoder without one, `add_prefix_space: true`),
+`model.backbone_kwargs` those of `AutoModel.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from typing import Any
 import yaml
 
 from .models.auto import SCHEMES
+from .models.backbone import HUB_OPTIONS
 from .models.base import MultiTaskModel
 from .models.task import Task, closest
 from .training_args import MultiTaskTrainingArguments
@@ -100,7 +103,10 @@ def parse_overrides(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise ValueError(f"--set {setting!r}: write it as key=value, for example training.max_steps=10")
-        overrides.append((key.split("."), _parse(value)))
+        try:
+            overrides.append((key.split("."), _parse(value)))
+        except yaml.YAMLError:
+            raise ValueError(f"--set {setting!r}: {value!r} is not a value in YAML; put text in quotes") from None
     return overrides
 
 
@@ -122,6 +128,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str) -> Any:
+    """Return a YAML value; raises `yaml.YAMLError`."""
     return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
@@ -197,8 +204,10 @@ def _check(content: dict[str, Any], path: Path) -> Recipe:
             f"{where}, model.sharing: {sharing!r} is not known{closest(sharing, SCHEMES)}; "
             f"schemes are {', '.join(SCHEMES)}"
         )
-    known = ("backbone", "sharing", "backbone_kwargs", *SCHEMES[sharing].options())
+    known = ("backbone", "sharing", "backbone_kwargs", "tokenizer_kwargs", *SCHEMES[sharing].options())
     _check_keys(f"{where}, model", model, known, ("backbone",))
+    if not isinstance(model["backbone"], str):
+        raise ValueError(f"{where}, model.backbone must be a Hub id or a folder, got {model['backbone']!r}")
     if not isinstance(content["tasks"], list) or not content["tasks"]:
         raise ValueError(f"{where}: tasks must be a list of at least one task")
     task_fields = [field.name for field in fields(Task)]
@@ -234,7 +243,7 @@ def build(recipe: Recipe) -> RecipeParts:
             for split, rows in load_splits(task["dataset"], seed=args.seed).items():
                 datasets[split][name] = rows
         tasks.append(_make_task({**task, "dataset": name}, datasets["train"][name]))
-    options = {key: value for key, value in recipe.model.items() if key not in ("backbone", "sharing")}
+    options = {k: v for k, v in recipe.model.items() if k not in ("backbone", "sharing", "tokenizer_kwargs")}
     backbone = recipe.model["backbone"]
     if backbone.startswith(_PREFIX):
         from .quickstart import backbone_folder
@@ -242,7 +251,9 @@ def build(recipe: Recipe) -> RecipeParts:
         backbone = str(backbone_folder(backbone.removeprefix(_PREFIX)))
     set_seed(args.seed)  # the heads start from it
     model = SCHEMES[recipe.model.get("sharing", "hard")].from_backbone(backbone, tasks, **options)
-    return RecipeParts(model, AutoTokenizer.from_pretrained(backbone), args, datasets)
+    where = {k: v for k, v in (options.get("backbone_kwargs") or {}).items() if k in HUB_OPTIONS}
+    tokenizer = AutoTokenizer.from_pretrained(backbone, **{**where, **recipe.model.get("tokenizer_kwargs", {})})
+    return RecipeParts(model, tokenizer, args, datasets)
 
 
 def _make_task(values: dict[str, Any], rows: Any) -> Task:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .metrics import primary_metric
+from .metrics import default_metric_names, primary_metric
 from .recipe import Recipe, build, load_recipe
 from .trainer import MultiTaskTrainer
 
@@ -46,7 +46,7 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
     test = None
     if parts.datasets["test"]:
         test = trainer.prepare_datasets(parts.datasets["test"], "test", "test", complete=False)
-    outcome = trainer.train(resume_from_checkpoint=True if resume else None)
+    outcome = trainer.train(resume_from_checkpoint=True if resume else parts.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
     metrics = final_metrics(trainer) if parts.datasets["validation"] else {}
@@ -90,9 +90,9 @@ def collect_results(
             "primary_metric": primary,
         } | {
             split: {
-                key.removeprefix(f"{prefix}_{task.name}_"): value
-                for key, value in metrics.items()
-                if key.startswith(f"{prefix}_{task.name}_")
+                name: metrics[f"{prefix}_{task.name}_{name}"]
+                for name in (*default_metric_names(task), "loss")
+                if f"{prefix}_{task.name}_{name}" in metrics
             }
             for split, prefix in (("validation", "eval"), ("test", "test"))
             if f"{prefix}_{task.name}_{primary}" in metrics

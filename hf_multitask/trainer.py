@@ -26,7 +26,7 @@ from .data.dataset import MultiTaskDataset, prepare_sources
 from .data.preprocessing import check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
 from .data.sources import make_sources
-from .evaluation import MultiTaskEvaluation, check_compute_metrics, check_primary_task
+from .evaluation import MultiTaskEvaluation, check_compute_metrics, settle_best_metric
 from .guard import BadLoss, LossGuard, NonFiniteLossError
 from .loading import make_loader, make_sampler
 from .models.base import MultiTaskModel
@@ -90,7 +90,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
         if self.tasks:
             if args is None:
                 args = MultiTaskTrainingArguments(output_dir="tmp_trainer")
-            args = self._settle_args(args, compute_loss_func)
+            args = self._settle_args(args, compute_loss_func, kwargs.get("optimizers", (None, None))[0])
             check_tokenizer(processing_class, probe)
             self._sources = make_sources(self.tasks, probe.shares_rows)
             self._preparing = {
@@ -101,7 +101,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
             for task in self.tasks:
                 longest_input(processing_class, probe, task.max_length, f"task {task.name!r}: ")
             self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
-            check_primary_task(args, self.tasks, self._sources, self._metrics, eval_dataset)
+            settle_best_metric(args, self.tasks, self._metrics, eval_dataset)
             _check_output_dir(args.output_dir)
             with args.main_process_first(desc="preparing datasets"):
                 if train_dataset is not None:
@@ -136,7 +136,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
 
     # ---- arguments and datasets ----
 
-    def _settle_args(self, args: Any, compute_loss_func: Any) -> MultiTaskTrainingArguments:
+    def _settle_args(self, args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskTrainingArguments:
         """Return a copy of the arguments, after refusing those that several tasks cannot honour."""
         if not isinstance(args, MultiTaskTrainingArguments):
             raise TypeError(
@@ -146,6 +146,15 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
             "compute_loss_func": (compute_loss_func, "the heads compute the losses; Task(weight=...) weighs them"),
             "label_smoothing_factor": (args.label_smoothing_factor, "set Task(label_smoothing=...) per task"),
             "batch_eval_metrics": (args.batch_eval_metrics, "metrics are computed over whole datasets"),
+            "train_sampling_strategy": (
+                args.train_sampling_strategy != "random",
+                "task_sampling and batch_composition say how rows are drawn",
+            ),
+            "eval_do_concat_batches=False": (not args.eval_do_concat_batches, "metrics need whole datasets"),
+            "an optimizer of your own with backbone_learning_rate or head_learning_rate": (
+                optimizer is not None and (args.backbone_learning_rate, args.head_learning_rate) != (None, None),
+                "give the optimizer its groups yourself",
+            ),
             "n_gpu > 1": (args.n_gpu > 1, "use one process per device: accelerate launch, or CUDA_VISIBLE_DEVICES=0"),
         }
         for name, (value, mend) in refused.items():

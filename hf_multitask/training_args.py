@@ -89,7 +89,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the choices."""
         # Whether the metric was chosen; TrainingArguments fills in "loss", which several tasks do not have.
-        self._metric_was_given = self.metric_for_best_model is not None
+        self._metric_was_given = self.metric_for_best_model not in (None, "loss")
         self._direction_was_given = self.greater_is_better is not None
         super().__post_init__()
         for name, allowed in (

@@ -108,6 +108,15 @@ ARGUMENTS = {
     "a max_length that is no number": (dict(max_length=0), ["max_length"]),
     "a composition that is none": (dict(batch_composition="mix"), ["'mix'", "mixed"]),
     "a reduction that is none": (dict(loss_reduction="row"), ["'row'", "rows"]),
+    "a metric that no evaluation has": (
+        dict(metric_for_best_model="eval_tone_acuracy"),
+        ["eval_tone_acuracy", "'eval_tone_accuracy'"],
+    ),
+    "rows grouped by length": (
+        dict(train_sampling_strategy="group_by_length"),
+        ["train_sampling_strategy", "task_sampling"],
+    ),
+    "metrics in pieces": (dict(eval_do_concat_batches=False), ["eval_do_concat_batches"]),
     "label smoothing for all": (dict(label_smoothing_factor=0.1), ["label_smoothing_factor", "Task(label_smoothing"]),
 }
 
@@ -208,3 +217,35 @@ def test_compute_loss_func_is_refused(model, datasets, tokenizer, tmp_path):
 def test_one_dataset_for_several_is_refused(model, datasets, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="dictionary of datasets by name; the tasks read reviews, traits, names"):
         _trainer(model, datasets["reviews"], tokenizer, tmp_path)
+
+
+def test_an_average_of_opposite_directions_cannot_pick_a_checkpoint(make_trainer, bert, datasets):
+    tasks = make_tasks()
+    tasks[1] = Task("strength", "regression", dataset="reviews", label_column="strength", metric="mse")
+    model = HardSharingModel.from_backbone(bert, tasks)
+    choosing = dict(eval_strategy="steps", save_strategy="steps", load_best_model_at_end=True)
+    with pytest.raises(ValueError, match="eval_average cannot pick.*primary_task"):
+        make_trainer(model, evaluation=datasets, **choosing)
+    assert make_trainer(model, evaluation=datasets, primary_task="strength", **choosing).args.greater_is_better is False
+    assert make_trainer(model, evaluation=datasets).args.metric_for_best_model is None
+    chosen = make_trainer(model, evaluation=datasets, metric_for_best_model="strength_mse", **choosing).args
+    assert (chosen.metric_for_best_model, chosen.greater_is_better) == ("eval_strength_mse", False)
+
+
+@pytest.mark.parametrize("arguments", [dict(save_strategy="best"), dict(metric_for_best_model="loss"), dict()])
+def test_the_average_decides_unless_something_else_was_said(make_trainer, model, datasets, arguments):
+    args = make_trainer(model, evaluation=datasets, eval_strategy="steps", **arguments).args
+    assert (args.metric_for_best_model, args.greater_is_better) == ("eval_average", True)
+
+
+def test_a_transform_that_would_be_passed_over_is_refused(make_trainer, model, datasets):
+    rows = datasets["traits"].with_transform(lambda batch: batch)
+    with pytest.raises(ValueError, match="'traits' .train. has a transform.*map"):
+        make_trainer(model, train={**datasets, "traits": rows})
+
+
+def test_an_optimizer_of_one_s_own_has_its_own_learning_rates(model, datasets, tokenizer, tmp_path):
+    args = MultiTaskTrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True, head_learning_rate=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="an optimizer of your own"):
+        MultiTaskTrainer(model, args, train_dataset=datasets, processing_class=tokenizer, optimizers=(optimizer, None))

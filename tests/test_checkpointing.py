@@ -57,6 +57,13 @@ def test_the_process_that_has_no_random_state_makes_it_incomplete(trained):
     assert "rng_state_0.pth" in (incompleteness(folder / "checkpoint-6", num_processes=2) or "")
 
 
+def test_an_incomplete_checkpoint_that_is_named_is_refused(trained):
+    folder, make, _ = trained
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-2.*not complete: trainer_state.json is missing"):
+        make().train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
 def test_without_a_complete_checkpoint_resuming_is_an_error(trained):
     folder, make, _ = trained
     for number in (2, 4, 6):
@@ -75,10 +82,17 @@ def relabelled():
     return [Task(**{**tasks[0].to_dict(), "labels": ("positive", "negative")}), *tasks[1:]]
 
 
+def reweighted():
+    tasks = make_tasks()
+    return [Task(**{**tasks[0].to_dict(), "weight": 5.0}), *tasks[1:]]
+
+
 OTHER_RUNS = {
     "renamed": (dict(new_tasks=renamed()), ["tone, strength, traits, names", "mood, strength"]),
     "reordered": (dict(new_tasks=make_tasks()[::-1]), ["tone, strength, traits, names", "names, traits"]),
     "other labels": (dict(new_tasks=relabelled()), ["task 'tone', labels", "['negative', 'positive']"]),
+    "another weight": (dict(new_tasks=reweighted()), ["task 'tone', weight", "5.0"]),
+    "another length": (dict(max_length=20), ["max_length", "20 now"]),
     "another strategy": (dict(task_sampling="uniform"), ["task_sampling", "'temperature'", "'uniform'"]),
     "another exponent": (dict(task_sampling_kwargs={"alpha": 0.5}), ["task_sampling_kwargs", "0.5"]),
     "another composition": (dict(batch_composition="single_task"), ["batch_composition"]),

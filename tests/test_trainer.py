@@ -410,3 +410,38 @@ def test_a_segment_is_no_tensor_and_survives_the_move_to_a_device(make_trainer, 
 def test_plain_text_rows_of_several_splits_can_be_given_as_dataset_dict(make_trainer, model, datasets):
     assert len(make_trainer(model, train=DatasetDict(datasets)).train_dataset) == sum(map(len, datasets.values()))
     assert isinstance(datasets["reviews"], Dataset)
+
+
+def test_a_task_whose_name_begins_another_s_keeps_its_own_metrics(make_trainer, bert, datasets):
+    classes = dict(type="single_label_classification", labels=("negative", "positive"), dataset="reviews")
+    tasks = [Task("tone_fine", label_column="label", **classes), Task("tone", label_column="label", **classes)]
+    trainer = make_trainer(
+        HardSharingModel.from_backbone(bert, tasks),
+        train={"reviews": datasets["reviews"]},
+        evaluation={"reviews": datasets["reviews"]},
+        trainer_kwargs={"compute_metrics": {"tone": lambda prediction: {"score": 100.0}}},
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_average"] == pytest.approx((metrics["eval_tone_fine_accuracy"] + 100.0) / 2)
+    outputs = trainer.predict({"reviews": datasets["reviews"]})
+    assert set(outputs["tone"].metrics) == {"test_tone_score", "test_tone_loss"}
+
+
+def test_predictions_are_logits_whatever_evaluations_keep_and_of_no_auxiliary_task(make_trainer, bert, datasets):
+    tasks = make_tasks()
+    tasks[1] = Task("strength", "regression", dataset="reviews", label_column="strength", auxiliary=True)
+    model = HardSharingModel.from_backbone(bert, tasks)
+    trainer = make_trainer(model, evaluation=datasets, prediction_loss_only=True)
+    outputs = trainer.predict(datasets)
+    assert set(outputs) == {"tone", "traits", "names"} and outputs["tone"].predictions.shape == (40, 2)
+    metrics = trainer.evaluate()
+    assert "eval_tone_loss" in metrics and "eval_tone_accuracy" not in metrics and "eval_average" not in metrics
+
+
+def test_a_saved_model_knows_the_length_it_was_trained_on(make_trainer, model, tokenizer, tmp_path):
+    from hf_multitask.prediction import Predictor
+
+    trainer = make_trainer(model, max_length=12)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert Predictor.from_pretrained(tmp_path / "saved").max_length == 12

@@ -103,6 +103,8 @@ def prepare(
         raise TypeError(f"{where} must be a datasets.Dataset, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"{where} has no rows")
+    if dataset.format["type"] == "custom":
+        raise ValueError(f"{where} has a transform, which would be passed over; apply it with .map(...)")
     dataset = dataset.with_format(None)
     try:
         encoder = make_row_encoder(dataset.features, source, tokenizer, max_length, labels)

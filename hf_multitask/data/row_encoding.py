@@ -158,6 +158,9 @@ class _TextRows(RowEncoder):
             return_attention_mask=False,
             return_token_type_ids=self.has_token_types,
         )
+        for row, ids in zip(indices, encoded["input_ids"], strict=True):
+            if not ids:
+                raise ValueError(f"row {row} of column {self.columns[0]!r} is empty and has no token; filter it out")
         result = {"input_ids": encoded["input_ids"]}
         if self.has_token_types:
             result["token_type_ids"] = encoded["token_type_ids"]
@@ -234,6 +237,8 @@ class _TokenizedRows(RowEncoder):
             raise ValueError(f"row {row} of column 'input_ids' holds {ids!r}; it must hold a list of token ids")
         if not isinstance(mask, list) or len(mask) != len(ids):
             raise ValueError(f"row {row}: attention_mask must be as long as input_ids, {len(ids)}; it is {mask!r}")
+        if not any(mask):
+            raise ValueError(f"row {row} has no token; filter it out")
         if sum(map(bool, mask)) > self.max_length:
             # Cut here, the text would lose the token that ends it.
             raise ValueError(

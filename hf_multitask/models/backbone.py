@@ -19,6 +19,9 @@ __all__ = ["align_memory", "backbone_options", "default_pooling", "load_backbone
 
 logger = logging.get_logger(__name__)
 
+# What says where on the Hub, or on the disk, a checkpoint is; its configuration and tokenizer lie there too.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
+
 _ALIGNMENT = 64  # bytes; what torch gives to the tensors it allocates
 
 
@@ -39,7 +42,8 @@ def load_backbone(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedMod
             backbone.pooler = None
         config = backbone.config
     else:
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source)
+        where = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **where)
     if config.is_encoder_decoder:
         raise ValueError(f"backbone {config.model_type!r} is an encoder-decoder; give an encoder or a decoder")
     if not isinstance(source, PreTrainedModel):
@@ -87,7 +91,8 @@ def usable_positions(model: nn.Module) -> int | None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+    return positions if positions is not None and positions > 0 else None  # XLNet, which has no limit, says -1
 
 
 def backbone_options(config_class: type[PreTrainedConfig]) -> dict[str, bool]:

@@ -35,7 +35,9 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
         return {"mean": hidden.mean(1), "first": hidden[:, 0], "last": hidden[:, -1]}[pooling]
     if pooling == "mean":
         mask = attention_mask.to(hidden.dtype).unsqueeze(-1)
-        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        # In half precision a sum over hundreds of tokens, even their number, would be rounded.
+        total = (hidden * mask).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (total / attention_mask.sum(1, keepdim=True).clamp(min=1)).to(hidden.dtype)
     positions = torch.arange(hidden.shape[1], device=hidden.device)
     real = attention_mask.to(torch.bool)
     if pooling == "last":

@@ -358,7 +358,7 @@ BAD = {
         {},
         r"'tags': no row has a labelled word",
     ),
-    "tokenized, empty": (TONE, [{"input_ids": [1], "attention_mask": [0], "label": 0}], {}, r"no row has a token left"),
+    "tokenized, empty": (TONE, [{"input_ids": [1], "attention_mask": [0], "label": 0}], {}, r"row 0 has no token"),
 }
 
 

@@ -649,3 +649,12 @@ def test_a_fresh_model_is_ready_to_be_used_like_a_loaded_one(bert, tasks):
     assert not any(module.training for module in model.modules())
     with pytest.raises(ValueError, match="segments is empty"):
         model(input_ids=torch.tensor([[1, 2]]), segments={})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_over_many_tokens_is_exact_in_half_precision(dtype):
+    from hf_multitask.models.heads import pool
+
+    hidden = torch.ones(1, 1001, 4, dtype=dtype)
+    mask = torch.ones(1, 1001, dtype=torch.long)
+    assert torch.equal(pool(hidden, mask, "mean"), torch.ones(1, 4, dtype=dtype))
