@@ -3,8 +3,7 @@
 A source ([`hf_multitask.data.sources.Source`]) is what some tasks read together. Its rows are tokenized once, travel
 once and go through the encoder once, however many tasks read them. Prepared, it is a `datasets.Dataset` with the
 columns `input_ids`, `token_type_ids` where they say something, and `labels_<task>` for each task. Preparing goes
-through `Dataset.map`, so it is cached on disk by content and can use several processes. The rows of a stream go
-through the same encoder ([`hf_multitask.data.row_encoding`]), as they are taken ([`hf_multitask.data.streaming`]).
+through `Dataset.map`, so it is cached on disk by content and can use several processes.
 """
 
 from __future__ import annotations

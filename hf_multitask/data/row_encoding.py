@@ -144,10 +144,6 @@ class _TextRows(RowEncoder):
         texts = [batch[column] for column in self.columns]
         for column, values in zip(self.columns, texts, strict=True):
             for row, value in zip(indices, values, strict=True):
-                if value is not None and not isinstance(value, list if self.words else str):
-                    # Only in a stream whose types are not declared, after other types in its first rows.
-                    wanted = "a list of words" if self.words else "a text"
-                    raise ValueError(f"row {row} of column {column!r} holds {value!r}, which is not {wanted}")
                 if value is None or (self.words and None in value):
                     raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
         encoded = self.tokenizer(
