@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from .data.collator import DataCollatorForMultiTask
     from .models.hard_sharing import HardSharingConfig, HardSharingModel
     from .models.task import Task, TaskType
-    from .trainer import MultiTaskTrainer
-    from .training_args import MultiTaskTrainingArguments
+    from .trainer import MultiTaskSeq2SeqTrainer, MultiTaskTrainer, MultiTaskTrainerMixin
+    from .training_args import MultiTaskSeq2SeqTrainingArguments, MultiTaskTrainingArguments
 
 _HOMES = {
     "DataCollatorForMultiTask": "data.collator",
     "HardSharingConfig": "models.hard_sharing",
     "HardSharingModel": "models.hard_sharing",
+    "MultiTaskSeq2SeqTrainer": "trainer",
+    "MultiTaskSeq2SeqTrainingArguments": "training_args",
     "MultiTaskTrainer": "trainer",
+    "MultiTaskTrainerMixin": "trainer",
     "MultiTaskTrainingArguments": "training_args",
     "Task": "models.task",
     "TaskType": "models.task",
@@ -33,7 +36,10 @@ __all__ = [
     "DataCollatorForMultiTask",
     "HardSharingConfig",
     "HardSharingModel",
+    "MultiTaskSeq2SeqTrainer",
+    "MultiTaskSeq2SeqTrainingArguments",
     "MultiTaskTrainer",
+    "MultiTaskTrainerMixin",
     "MultiTaskTrainingArguments",
     "Task",
     "TaskType",

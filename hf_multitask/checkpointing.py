@@ -139,11 +139,17 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
         except ValueError:
             return f"{name} is cut off"
     states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
-    # Sharded runs write folders of their own in place of these two.
-    sharded = any(path.is_dir() for path in folder.iterdir())
-    for name in ["scheduler.pt", *states, *([] if sharded else ["optimizer.pt"])]:
+    # Sharded runs may write a folder of shards for the optimizer and one for the weights; its `.metadata` comes last.
+    parts = [path for path in folder.iterdir() if path.is_dir()]
+    sharded = bool(parts)
+    for part in parts:
+        if any(part.glob("*.distcp")) and not (part / ".metadata").is_file():
+            return f"{part.name}/.metadata is missing"
+    for name in ["scheduler.pt", *states]:
         if not (folder / name).is_file():
             return f"{name} is missing"
+    if not sharded and not any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
+        return "optimizer.pt is missing"
     if not sharded and not any(folder.glob("*.safetensors")):
         return "the weights are missing"
     return None

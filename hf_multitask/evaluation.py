@@ -14,13 +14,14 @@ from torch import nn
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
+from .best_metric import average_metric
 from .data.dataset import MultiTaskDataset
 from .data.sources import Source
-from .metrics import default_metric_names, greater_is_better, metric_function, primary_metric
+from .metrics import default_metric_names, metric_function, primary_metric
 from .models.task import Task, TaskType, closest
 from .training_args import MultiTaskTrainingArguments
 
-__all__ = ["MultiTaskEvaluation", "SourceMetrics", "average_metric", "check_compute_metrics", "settle_best_metric"]
+__all__ = ["MultiTaskEvaluation", "SourceMetrics", "check_compute_metrics"]
 
 
 class SourceMetrics:
@@ -107,101 +108,6 @@ def check_compute_metrics(compute_metrics: Any, tasks: Sequence[Task]) -> dict[s
     return dict(compute_metrics)
 
 
-def settle_best_metric(
-    args: MultiTaskTrainingArguments,
-    tasks: Sequence[Task],
-    compute_metrics: Mapping[str, Any],
-    eval_dataset: Any,
-) -> None:
-    """Set which metric picks the best checkpoint, and its direction; `args` is the trainer's own copy.
-
-    It is the primary task's, else the one that was given, else `eval_average`.
-
-    Raises:
-        ValueError: The primary task does not exist, is auxiliary, is not evaluated, or its metric has no known name;
-            `metric_for_best_model` is none that an evaluation has, or contradicts the primary task; or the average
-            should decide and mixes metrics of which more is better with others of which less is.
-    """
-    given = args.metric_for_best_model if args._metric_was_given else None
-    if args.primary_task is not None:
-        metric = _primary_key(args, tasks, compute_metrics, eval_dataset)
-        if given is not None and given not in (metric, metric.removeprefix("eval_")):
-            raise ValueError(
-                f"metric_for_best_model={given!r} contradicts primary_task={args.primary_task!r}, "
-                f"which means {metric!r}; give one of them"
-            )
-    else:
-        metric = "eval_average" if given is None else f"eval_{given.removeprefix('eval_')}"
-        known = [f"eval_{t.name}_{m}" for t in tasks for m in (*default_metric_names(t), "loss")] + ["eval_average"]
-        custom = tuple(f"eval_{task}_" for task in compute_metrics)
-        if metric not in known and not (custom and metric.startswith(custom)):
-            raise ValueError(f"metric_for_best_model {given!r} is in no evaluation{closest(metric, known)}")
-    up = greater_is_better(metric)
-    if metric == "eval_average":
-        primaries = {t.name: primary_metric(t, t.name in compute_metrics) for t in tasks if not t.auxiliary}
-        directions = {greater_is_better(name) for name in primaries.values()}
-        if len(directions) > 1:
-            if given is None and not args.load_best_model_at_end and args.save_strategy != "best":
-                return  # nobody asks
-            raise ValueError(
-                f"eval_average cannot pick the best checkpoint: of {primaries} some are better when larger, others "
-                "when smaller; set primary_task"
-            )
-        (up,) = directions
-    args.metric_for_best_model = metric
-    if not (args._metric_was_given and args._direction_was_given):
-        args.greater_is_better = up
-
-
-def _primary_key(
-    args: MultiTaskTrainingArguments, tasks: Sequence[Task], compute_metrics: Mapping[str, Any], eval_dataset: Any
-) -> str:
-    """Return the evaluation key of the primary task's primary metric."""
-    by_name = {task.name: task for task in tasks}
-    if args.primary_task not in by_name:
-        raise ValueError(
-            f"primary_task {args.primary_task!r} is no task{closest(args.primary_task, by_name)}; "
-            f"tasks are {', '.join(by_name)}"
-        )
-    task = by_name[args.primary_task]
-    if task.auxiliary:
-        raise ValueError(f"primary_task {task.name!r} is auxiliary: it is trained only to help others; choose another")
-    if args.eval_strategy != "no" and isinstance(eval_dataset, Mapping) and task.dataset not in eval_dataset:
-        raise ValueError(f"eval_dataset lacks the dataset {task.dataset!r} of the primary task {task.name!r}")
-    custom = task.name in compute_metrics
-    if custom and task.metric is None:
-        raise ValueError(
-            f"primary_task {task.name!r} has its own compute_metrics: name the one that decides, Task(metric=...)"
-        )
-    return f"eval_{task.name}_{primary_metric(task, custom)}"
-
-
-def average_metric(
-    results: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], compute_metrics: Mapping[str, Any]
-) -> float | None:
-    """Return the mean of the primary metrics of the evaluated tasks that are not auxiliary, or None without any.
-
-    Args:
-        results: By task, its metrics.
-        tasks: The model's tasks.
-        compute_metrics: The user's metric functions by task. Where such a task names no primary metric, it is the
-            first that the function returns.
-
-    Raises:
-        ValueError: A task's own `compute_metrics` does not return its primary metric.
-    """
-    values = []
-    for task in tasks:
-        if task.auxiliary or task.name not in results:
-            continue
-        found, custom = results[task.name], task.name in compute_metrics
-        metric = next(iter(found)) if custom and task.metric is None else primary_metric(task, custom)
-        if metric not in found:
-            raise ValueError(f"task {task.name!r}: compute_metrics returned no {metric!r}, only {', '.join(found)}")
-        values.append(found[metric])
-    return float(np.mean(values)) if values else None
-
-
 class MultiTaskEvaluation(Trainer):
     """The part of [`MultiTaskTrainer`] that evaluates and predicts, one source of rows after the other."""
 
@@ -219,7 +125,11 @@ class MultiTaskEvaluation(Trainer):
         """Check and tokenize datasets, by name."""
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **gen_kwargs: Any,
     ) -> dict[str, float]:
         """Evaluate every task that has rows; callbacks and logs see the result once.
 
@@ -227,12 +137,14 @@ class MultiTaskEvaluation(Trainer):
             eval_dataset: Datasets by name (default: the trainer's), prepared like those of training.
             ignore_keys: As in `Trainer`.
             metric_key_prefix: Prefix of all keys.
+            **gen_kwargs: For a plain model under `Seq2SeqTrainer`, its arguments of `generate`.
 
         Returns:
             `<prefix>_<task>_<metric>`, `<prefix>_<task>_loss`, `<prefix>_average` and the usual speeds.
         """
         if not self.tasks:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        _refuse_generation(gen_kwargs)
         self._memory_tracker.start()
         if eval_dataset is not None:
             eval_dataset = self.prepare_datasets(eval_dataset, "eval_dataset", metric_key_prefix, complete=False)
@@ -255,20 +167,28 @@ class MultiTaskEvaluation(Trainer):
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
-    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+        **gen_kwargs: Any,
+    ) -> Any:
         """Predict every task that has rows and is not auxiliary.
 
         Args:
             test_dataset: Datasets by name; label columns may be missing.
             ignore_keys: As in `Trainer`.
             metric_key_prefix: Prefix of the metrics' keys.
+            **gen_kwargs: As in `evaluate`.
 
         Returns:
             By task, a `PredictionOutput`: logits `[N, C]` (`[N, L, C]` for token-level tasks, padded with -100),
             labels or None, and metrics where there were labels.
         """
         if not self.tasks:
-            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
+        _refuse_generation(gen_kwargs)
         self._memory_tracker.start()
         dataset = self.prepare_datasets(test_dataset, "test_dataset", metric_key_prefix, complete=False, labels=None)
         outputs: dict[str, PredictionOutput] = {}
@@ -320,6 +240,7 @@ class MultiTaskEvaluation(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
         """Return (None, {task: (logits, loss of each row, items of each row)}, {task: labels}) of a batch.
 
@@ -327,7 +248,7 @@ class MultiTaskEvaluation(Trainer):
         `eval_<task>_loss` is the mean over items however they fell into batches.
         """
         if not self.tasks:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
         inputs.pop("num_items", None)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -340,3 +261,8 @@ class MultiTaskEvaluation(Trainer):
             if task in labels:
                 results[task] += (outputs["row_losses"][task], heads[task].row_items(labels[task]))
         return None, results, labels or None
+
+
+def _refuse_generation(gen_kwargs: Mapping[str, Any]) -> None:
+    if gen_kwargs:
+        raise TypeError(f"{', '.join(gen_kwargs)}: none of the tasks generates text")

@@ -6,41 +6,47 @@ them, weighs losses over whole optimizer steps, and logs and evaluates each task
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.utils import logging
 
+from .best_metric import settle_best_metric
 from .checkpointing import MultiTaskCheckpoints
 from .data.collator import DataCollatorForMultiTask
 from .data.dataset import MultiTaskDataset, prepare_sources
 from .data.preprocessing import check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
 from .data.sources import make_sources
-from .evaluation import MultiTaskEvaluation, check_compute_metrics, settle_best_metric
+from .evaluation import MultiTaskEvaluation, check_compute_metrics
 from .guard import BadLoss, LossGuard, NonFiniteLossError
 from .loading import make_loader, make_sampler
+from .models.backbone import sharding_units
 from .models.base import MultiTaskModel
 from .models.task import Task
-from .training_args import MultiTaskTrainingArguments
+from .training_args import MultiTaskTrainingArguments, settle_args
 from .window import TaskProgress, Window, count_window
 
-__all__ = ["MultiTaskTrainer"]
+__all__ = ["MultiTaskSeq2SeqTrainer", "MultiTaskTrainer", "MultiTaskTrainerMixin"]
 
 logger = logging.get_logger(__name__)
 
+# Where each process holds a part of the parameters, and gathers the rest for every pass.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
-class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
-    """`Trainer` for multi-task models; all its arguments, callbacks and features keep their meaning.
+
+class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
+    """What makes a `Trainer`, or a class derived from it, one for multi-task models.
+
+    All arguments, callbacks and features of the trainer keep their meaning. Put it first:
+    `class MyTrainer(MultiTaskTrainerMixin, SomeTrainer)`.
 
     What is different with a multi-task model:
 
@@ -90,7 +96,7 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
         if self.tasks:
             if args is None:
                 args = MultiTaskTrainingArguments(output_dir="tmp_trainer")
-            args = self._settle_args(args, compute_loss_func, kwargs.get("optimizers", (None, None))[0])
+            args = settle_args(args, compute_loss_func, kwargs.get("optimizers", (None, None))[0])
             check_tokenizer(processing_class, probe)
             self._sources = make_sources(self.tasks, probe.shares_rows)
             self._preparing = {
@@ -102,7 +108,6 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
                 longest_input(processing_class, probe, task.max_length, f"task {task.name!r}: ")
             self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
             settle_best_metric(args, self.tasks, self._metrics, eval_dataset)
-            _check_output_dir(args.output_dir)
             with args.main_process_first(desc="preparing datasets"):
                 if train_dataset is not None:
                     train_dataset = self.prepare_datasets(train_dataset, "train_dataset", "train")
@@ -133,41 +138,12 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        if self.tasks and self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.transformer_cls_names_to_wrap is None:
+                plugin.transformer_cls_names_to_wrap = sharding_units(self.model)
 
     # ---- arguments and datasets ----
-
-    def _settle_args(self, args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskTrainingArguments:
-        """Return a copy of the arguments, after refusing those that several tasks cannot honour."""
-        if not isinstance(args, MultiTaskTrainingArguments):
-            raise TypeError(
-                f"args must be MultiTaskTrainingArguments for a multi-task model, got {type(args).__name__}"
-            )
-        refused = {
-            "compute_loss_func": (compute_loss_func, "the heads compute the losses; Task(weight=...) weighs them"),
-            "label_smoothing_factor": (args.label_smoothing_factor, "set Task(label_smoothing=...) per task"),
-            "batch_eval_metrics": (args.batch_eval_metrics, "metrics are computed over whole datasets"),
-            "train_sampling_strategy": (
-                args.train_sampling_strategy != "random",
-                "task_sampling and batch_composition say how rows are drawn",
-            ),
-            "eval_do_concat_batches=False": (not args.eval_do_concat_batches, "metrics need whole datasets"),
-            "an optimizer of your own with backbone_learning_rate or head_learning_rate": (
-                optimizer is not None and (args.backbone_learning_rate, args.head_learning_rate) != (None, None),
-                "give the optimizer its groups yourself",
-            ),
-            "n_gpu > 1": (args.n_gpu > 1, "use one process per device: accelerate launch, or CUDA_VISIBLE_DEVICES=0"),
-        }
-        for name, (value, mend) in refused.items():
-            if value:
-                raise ValueError(f"{name} does not go with a multi-task model: {mend}")
-        args = copy.copy(args)
-        if args.ddp_find_unused_parameters is None:
-            # Heads without rows get a term of zero instead (see `compute_loss`): no search through the graph.
-            args.ddp_find_unused_parameters = False
-        if not torch.accelerator.is_available():
-            args.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
-        args.logging_nan_inf_filter = False  # the guard looks at every window, and does not paper over what it finds
-        return args
 
     def prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
         """Check and tokenize datasets, by name; `evaluate` and `predict` take the result as well.
@@ -238,17 +214,18 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
         if not self.tasks or not isinstance(num_items_in_batch, Window):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         window = num_items_in_batch
-        outputs = model(**{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}})
+        outputs = model(
+            **{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}},
+            single_pass=self.accelerator.distributed_type in _SHARDED,
+            run_every_head=self.args.world_size > 1,
+        )
         shares = window.shares(self.args.loss_reduction)
         losses = outputs["task_losses"]
         loss = sum(shares[task] * self._weights[task] * task_loss for task, task_loss in losses.items())
         self.progress.add_losses(losses)
         self.guard.add(outputs["row_losses"])
         if self.args.world_size > 1:
-            # Data parallelism takes the mean over processes of what is a sum; and it waits for every parameter.
-            unwrapped = self.accelerator.unwrap_model(model)
-            idle = [p for task in self.tasks if task.name not in losses for p in unwrapped.task_parameters(task.name)]
-            loss = loss * self.args.world_size + sum(0.0 * parameter.sum() for parameter in idle)
+            loss = loss * self.args.world_size  # data parallelism takes the mean over processes of what is a sum
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -307,11 +284,12 @@ class MultiTaskTrainer(MultiTaskEvaluation, MultiTaskCheckpoints, Trainer):
         return optimizer
 
 
-def _check_output_dir(output_dir: str | None) -> None:
-    """Raise unless the output folder exists and can be written, or can be made."""
-    path = Path(output_dir or "tmp_trainer").absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"output_dir {output_dir!r} cannot be made: {str(existing)!r} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output_dir {output_dir!r} cannot be written: no permission for {str(existing)!r}")
+class MultiTaskTrainer(MultiTaskTrainerMixin, Trainer):
+    """`transformers.Trainer` for one model and many tasks; see [`MultiTaskTrainerMixin`] for what it adds.
+
+    With a plain model and a plain dataset it is `Trainer`, bit for bit.
+    """
+
+
+class MultiTaskSeq2SeqTrainer(MultiTaskTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` for one model and many tasks, with [`MultiTaskSeq2SeqTrainingArguments`]."""

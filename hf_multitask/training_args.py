@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .data.sampling import check_mixing
 from .models.task import closest
 
-__all__ = ["MultiTaskTrainingArguments"]
+__all__ = ["MultiTaskSeq2SeqTrainingArguments", "MultiTaskTrainingArguments", "settle_args"]
 
 _COMPOSITIONS = ("mixed", "single_task")
 _REDUCTIONS = ("rows", "tasks")
@@ -116,3 +120,62 @@ class MultiTaskTrainingArguments(TrainingArguments):
         if isinstance(self.task_sampling_kwargs, str):
             raise ValueError(f"task_sampling_kwargs must be a dictionary or JSON, got {self.task_sampling_kwargs!r}")
         return self.task_sampling_kwargs or {}
+
+
+@dataclass
+class MultiTaskSeq2SeqTrainingArguments(MultiTaskTrainingArguments, Seq2SeqTrainingArguments):
+    """[`MultiTaskTrainingArguments`] and `Seq2SeqTrainingArguments` in one, for [`MultiTaskSeq2SeqTrainer`]."""
+
+
+def settle_args(args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskTrainingArguments:
+    """Return a copy of a trainer's arguments for several tasks, after refusing what several tasks cannot honour.
+
+    Args:
+        args: The arguments.
+        compute_loss_func: The loss function that the trainer was given, or None.
+        optimizer: The optimizer that the trainer was given, or None.
+
+    Raises:
+        TypeError: They are not [`MultiTaskTrainingArguments`].
+        ValueError: One does not go with a multi-task model, or the output folder cannot be written.
+    """
+    if not isinstance(args, MultiTaskTrainingArguments):
+        raise TypeError(f"args must be MultiTaskTrainingArguments for a multi-task model, got {type(args).__name__}")
+    refused = {
+        "compute_loss_func": (compute_loss_func, "the heads compute the losses; Task(weight=...) weighs them"),
+        "label_smoothing_factor": (args.label_smoothing_factor, "set Task(label_smoothing=...) per task"),
+        "batch_eval_metrics": (args.batch_eval_metrics, "metrics are computed over whole datasets"),
+        "train_sampling_strategy": (
+            args.train_sampling_strategy != "random",
+            "task_sampling and batch_composition say how rows are drawn",
+        ),
+        "predict_with_generate": (getattr(args, "predict_with_generate", False), "none of the tasks generates text"),
+        "eval_do_concat_batches=False": (not args.eval_do_concat_batches, "metrics need whole datasets"),
+        "an optimizer of your own with backbone_learning_rate or head_learning_rate": (
+            optimizer is not None and (args.backbone_learning_rate, args.head_learning_rate) != (None, None),
+            "give the optimizer its groups yourself",
+        ),
+        "n_gpu > 1": (args.n_gpu > 1, "use one process per device: accelerate launch, or CUDA_VISIBLE_DEVICES=0"),
+    }
+    for name, (value, mend) in refused.items():
+        if value:
+            raise ValueError(f"{name} does not go with a multi-task model: {mend}")
+    _check_output_dir(args.output_dir)
+    args = copy.copy(args)
+    if args.ddp_find_unused_parameters is None:
+        # Heads without rows take part with a term of zero instead: no search through the graph.
+        args.ddp_find_unused_parameters = False
+    if not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
+    args.logging_nan_inf_filter = False  # the guard looks at every window, and does not paper over what it finds
+    return args
+
+
+def _check_output_dir(output_dir: str | None) -> None:
+    """Raise unless the output folder exists and can be written, or can be made."""
+    path = Path(output_dir or "tmp_trainer").absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {output_dir!r} cannot be made: {str(existing)!r} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {output_dir!r} cannot be written: no permission for {str(existing)!r}")

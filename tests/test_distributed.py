@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same update, the same metrics, idle heads left alone."""
+"""Several processes do what one does, however they are started: the same update and metrics, idle heads left alone."""
 
 from __future__ import annotations
 
@@ -6,43 +6,63 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from hf_multitask import AutoModelForMultiTask
+
 SCRIPT = Path(__file__).with_name("distributed_run.py")
+CONFIGS = SCRIPT.parents[1] / "recipes" / "accelerate"
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def run_together(commands: list[list[str]], environments: list[dict] | None = None) -> list[str]:
+    """Run commands side by side and return what they wrote."""
+    base = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            command, env=base | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=SCRIPT.parent
+        )
+        for command, extra in zip(commands, environments or [{}] * len(commands), strict=True)
+    ]
+    outputs = []
+    for run in runs:
+        output, _ = run.communicate(timeout=240)
+        assert run.returncode == 0, output[-20000:]
+        outputs.append(output)
+    return outputs
 
 
 def launch(folder: Path, processes: int, *options: str) -> dict:
-    """Run the script on some processes and return what rank 0 saved."""
+    """Run the script on some processes, started one by one, and return what rank 0 saved."""
     out = folder / f"{processes}.pt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, str(SCRIPT), str(out), *options]
-    base = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environments = [
-        base
-        | dict(
-            RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-        for r in range(processes)
-    ]
-    environments = environments if processes > 1 else [base]
-    runs = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for env in environments
-    ]
-    for run in runs:
-        output, _ = run.communicate(timeout=240)
-        assert run.returncode == 0, output[-4000:]
+    address = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    environments = [address | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    run_together([command] * processes, environments if processes > 1 else [{}])
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("options", [("mixed", "rows"), ("single_task", "tasks")])
-def test_two_processes_equal_one(tmp_path, options):
-    one, two = launch(tmp_path, 1, *options), launch(tmp_path, 2, *options)
+def accelerate(folder: Path, config: str, *options: str, machines: int = 1, flags: Sequence[str] = ()) -> dict:
+    """Run the script by `accelerate launch` with one of the recipes' configurations; a launcher for each machine."""
+    out = folder / f"{config}.pt"
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    launcher += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", free_port(), *flags]
+    ranks = [["--main_process_ip", "127.0.0.1", "--machine_rank", str(rank)] for rank in range(machines)]
+    run_together([[*launcher, *(own if machines > 1 else []), str(SCRIPT), str(out), *options] for own in ranks])
+    return torch.load(out, weights_only=True)
+
+
+def check_equal(one: dict, two: dict) -> None:
+    """Check that two runs are the same to rounding, and that neither touched the head of the task without rows."""
     assert set(one["weights"]) == set(two["weights"])
     for name, value in one["weights"].items():
         difference = (value - two["weights"][name]).abs().max() / value.abs().max().clamp(min=1e-3)
@@ -59,13 +79,51 @@ def test_two_processes_equal_one(tmp_path, options):
         assert run["idle_is_untouched"]
 
 
+def check_same_run(whole: dict, resumed: dict) -> None:
+    """Check that a run that went on from a checkpoint ended as the one that was never stopped, to the last bit."""
+    assert all(torch.equal(value, resumed["weights"][name]) for name, value in whole["weights"].items())
+    assert whole["rows_seen"] == resumed["rows_seen"] and len(whole["logs"]) == len(resumed["logs"]) == 3
+    for line, other in zip(whole["logs"], resumed["logs"], strict=True):
+        assert {k: v for k, v in line.items() if k != "epoch"} == {k: v for k, v in other.items() if k != "epoch"}
+
+
+@pytest.mark.parametrize("options", [("mixed", "rows"), ("single_task", "tasks")])
+def test_two_processes_equal_one(tmp_path, options):
+    check_equal(launch(tmp_path, 1, *options), launch(tmp_path, 2, *options))
+
+
+@pytest.mark.parametrize(
+    ("config", "machines", "distributed_type"), [("cpu", 1, "MULTI_CPU"), ("two_machines", 2, "MULTI_CPU")]
+)
+def test_accelerate_launch_equals_one_process(tmp_path, config, machines, distributed_type):
+    launched = accelerate(tmp_path, config, "mixed", "rows", machines=machines)
+    assert launched["distributed_type"] == distributed_type
+    check_equal(launch(tmp_path, 1, "mixed", "rows"), launched)
+
+
+@pytest.mark.parametrize("options", [("mixed", "rows"), ("single_task", "tasks")])
+def test_fully_sharded_equals_one_process(tmp_path, options):
+    sharded = accelerate(tmp_path, "fsdp2", *options)
+    assert sharded["distributed_type"] == "FSDP" and sharded["shards"] == len(sharded["weights"])
+    check_equal(launch(tmp_path, 1, *options), sharded)
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
+def test_resumed_fully_sharded_equals_uninterrupted(tmp_path, kind):
+    (tmp_path / "run").mkdir()
+    options = ("mixed", "rows", "temperature", str(tmp_path / "run" / "checkpoint-4"))
+    whole = accelerate(tmp_path, "fsdp2", *options, flags=["--fsdp_state_dict_type", kind])
+    resumed = accelerate(tmp_path, "fsdp2", *options, flags=["--fsdp_state_dict_type", kind])
+    check_same_run(whole, resumed)
+    if kind == "FULL_STATE_DICT":
+        reloaded = AutoModelForMultiTask.from_pretrained(tmp_path / "run" / "checkpoint-6")
+        assert all(torch.equal(value, reloaded.get_parameter(name)) for name, value in whole["weights"].items())
+
+
 @pytest.mark.parametrize("sampling", ["temperature", "annealed"])
 def test_resumed_on_two_processes_equals_uninterrupted(tmp_path, sampling):
     (tmp_path / "run").mkdir()
     options = ("mixed", "rows", sampling, str(tmp_path / "run" / "checkpoint-4"))
     whole = launch(tmp_path, 2, *options)
     resumed = launch(tmp_path, 2, *options)
-    assert all(torch.equal(value, resumed["weights"][name]) for name, value in whole["weights"].items())
-    assert whole["rows_seen"] == resumed["rows_seen"] and len(whole["logs"]) == len(resumed["logs"]) == 3
-    for line, other in zip(whole["logs"], resumed["logs"], strict=True):
-        assert {k: v for k, v in line.items() if k != "epoch"} == {k: v for k, v in other.items() if k != "epoch"}
+    check_same_run(whole, resumed)

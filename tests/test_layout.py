@@ -19,10 +19,12 @@ LONGEST = 350
 FLOORS = {
     "models": 0,
     "data": 1,
+    "balancing": 1,
     "guard": 1,
     "metrics": 1,
     "quickstart": 1,
     "window": 1,
+    "best_metric": 2,
     "checkpointing": 2,
     "evaluation": 2,
     "loading": 2,

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from .base import MultiTaskConfig, MultiTaskModel
+from .base import MultiTaskModel
+from .configuration import MultiTaskConfig
 from .hard_sharing import HardSharingConfig, HardSharingModel
 
 __all__ = ["SCHEMES", "AutoModelForMultiTask"]

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-__all__ = ["align_memory", "backbone_options", "default_pooling", "load_backbone", "usable_positions"]
+__all__ = ["align_memory", "backbone_options", "default_pooling", "load_backbone", "sharding_units", "usable_positions"]
 
 logger = logging.get_logger(__name__)
 
@@ -112,3 +112,15 @@ def default_pooling(config: PreTrainedConfig) -> str:
         model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     )
     return "last" if causal_only or getattr(config, "is_decoder", False) else "mean"
+
+
+def sharding_units(model: PreTrainedModel) -> list[str]:
+    """Return the class names of the modules that FSDP takes as units of their own: the layers, as the backbone says.
+
+    What holds the input embeddings is left out although backbones like BERT name it (it must not be split over
+    devices): Accelerate makes a unit of the embeddings themselves, and units cannot lie in units that share parameters.
+    """
+    embeddings = model.get_input_embeddings()
+    found = {type(module).__name__ for module in model.modules()}
+    holders = {type(module).__name__ for module in model.modules() if embeddings in module.modules()}
+    return sorted((set(model._no_split_modules or ()) & found) - holders)

@@ -15,61 +15,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from .backbone import align_memory, backbone_options, default_pooling, load_backbone
-from .heads import make_head
+from .configuration import MultiTaskConfig
+from .heads import TaskHead, make_head
 from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, plan_passes
 from .task import Task, check_tasks, closest
 
-__all__ = ["MultiTaskConfig", "MultiTaskModel", "MultiTaskOutput"]
-
-
-class MultiTaskConfig(PreTrainedConfig):
-    """Configuration of a multi-task model.
-
-    Args:
-        backbone_config: Configuration of the backbone, any that `AutoModel` knows.
-        tasks: The tasks as a **list** of dictionaries: a configuration is written with sorted keys, so the order of
-            a dictionary, and with it the rows of per-task tables, would be lost.
-        pooling: `mean`, `first` or `last`; None takes `last` for a causal decoder and `mean` otherwise.
-        head_dropout: Dropout in front of every head that sets none of its own.
-        initializer_range: Standard deviation of the heads' initial weights.
-        max_input_length: Longest input in tokens that the model was trained on.
-    """
-
-    sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="bert")}
-
-    backbone_config: Any = None
-    tasks: list | None = None
-    pooling: str | None = None
-    head_dropout: float = 0.1
-    initializer_range: float = 0.02
-    max_input_length: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        """Check the tasks and store them as plain dictionaries."""
-        super().__post_init__(**kwargs)
-        if not 0.0 <= self.head_dropout < 1.0:
-            raise ValueError(f"head_dropout must lie in [0, 1), got {self.head_dropout!r}")
-        if self.tasks is not None and not isinstance(self.tasks, (list, tuple)):
-            raise ValueError(f"tasks must be a list of tasks, got {type(self.tasks).__name__}")
-        self.tasks = [task.to_dict() for task in check_tasks(self.tasks)] if self.tasks else []
-
-    def get_tasks(self) -> list[Task]:
-        """Return the tasks as [`Task`] objects, in order."""
-        return [Task.from_dict(task) for task in self.tasks or []]
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Return the backbone's configuration: the one with the vocabulary, the width and the special tokens."""
-        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
+__all__ = ["MultiTaskModel", "MultiTaskOutput"]
 
 
 @dataclass
@@ -214,6 +174,8 @@ class MultiTaskModel(PreTrainedModel, ABC):
         segments: Mapping[str, Segment] | None = None,
         labels: Mapping[str, Tensor] | None = None,
         num_items: Mapping[str, int | Tensor] | None = None,
+        single_pass: bool = False,
+        run_every_head: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -231,6 +193,10 @@ class MultiTaskModel(PreTrainedModel, ABC):
                 is not auxiliary is computed for all rows, from one pass: the way to serve.
             labels: Per task, the labels of its rows only.
             num_items: Per task, the number of items its summed loss is divided by (default: those in this batch).
+            single_pass: Take one pass of the encoder, however the segments lie. Processes that hold a shard each of
+                the parameters gather them in every pass, so all must make the same number.
+            run_every_head: With labels, let the heads of tasks without rows take part in the loss, with a term of 0.
+                Processes that add up gradients wait for all of them.
             output_hidden_states: Return the backbone's hidden states; forces a single pass.
             output_attentions: Return the backbone's attentions; forces a single pass.
             return_dict: False for a tuple.
@@ -262,7 +228,8 @@ class MultiTaskModel(PreTrainedModel, ABC):
         if not segments:
             raise ValueError("segments is empty")
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
-        passes = [EncoderPass(0, rows, length, tuple(segments))] if wants_internals else plan_passes(segments, cost)
+        single_pass = single_pass or wants_internals
+        passes = [EncoderPass(0, rows, length, tuple(segments))] if single_pass else plan_passes(segments, cost)
         logits: dict[str, Tensor] = {}
         encoded: Any = None
         for part in passes:
@@ -275,6 +242,11 @@ class MultiTaskModel(PreTrainedModel, ABC):
                 logits[name] = head(encoded.last_hidden_state[own], None if mask is None else mask[own])
         logits = {name: logits[name] for name in segments}
         loss, task_losses, row_losses = self._losses(logits, labels, num_items)
+        if loss is not None and task_losses and run_every_head:
+            first = next(iter(task_losses))
+            idle = self._run_idle_heads(task_losses, encoded.last_hidden_state)
+            task_losses[first] = task_losses[first] + idle
+            loss = loss + idle
         output = MultiTaskOutput(
             loss=loss,
             task_losses=task_losses,
@@ -286,10 +258,10 @@ class MultiTaskModel(PreTrainedModel, ABC):
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def _head(self, name: str) -> Any:
+    def _head(self, name: str) -> TaskHead:
         if name not in self.heads:
             raise ValueError(f"task {name!r} is not one of this model's: {', '.join(self.heads)}")
-        return self.heads[name]
+        return cast(TaskHead, self.heads[name])
 
     def _losses(
         self,
@@ -315,6 +287,15 @@ class MultiTaskModel(PreTrainedModel, ABC):
         total = sum(len(losses) for losses in row_losses.values())
         parts = [len(row_losses[name]) / total * weights[name] * loss for name, loss in task_losses.items()]
         return torch.stack(parts).sum(), task_losses, row_losses
+
+    def _run_idle_heads(self, busy: Mapping[str, Tensor], hidden: Tensor) -> Tensor | float:
+        """Return 0, as a term that reaches the parameters of every head but those of the busy tasks.
+
+        The heads really run, on one token of zeros, so that it makes no difference how their parameters are sharded.
+        """
+        token = torch.zeros_like(hidden[:1, :1])
+        idle = [head(token, None) for name, head in self.heads.items() if name not in busy]
+        return sum((0.0 * logits.float().sum() for logits in idle), 0.0)
 
     # ---- PreTrainedModel's contracts ----
 

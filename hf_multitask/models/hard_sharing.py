@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .base import MultiTaskConfig, MultiTaskModel
+from .base import MultiTaskModel
+from .configuration import MultiTaskConfig
 
 __all__ = ["HardSharingConfig", "HardSharingModel"]
 
