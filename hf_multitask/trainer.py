@@ -9,13 +9,13 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .best_metric import settle_best_metric
@@ -141,7 +141,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
         if self.tasks and self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.transformer_cls_names_to_wrap is None:
-                plugin.transformer_cls_names_to_wrap = sharding_units(self.model)
+                plugin.transformer_cls_names_to_wrap = sharding_units(cast(PreTrainedModel, self.model))
 
     # ---- arguments and datasets ----
 
@@ -214,15 +214,15 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
         if not self.tasks or not isinstance(num_items_in_batch, Window):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         window = num_items_in_batch
+        shares = window.shares(self.args.loss_reduction)
         outputs = model(
             **{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}},
+            loss_weights={task: share * self._weights[task] for task, share in shares.items()},
             single_pass=self.accelerator.distributed_type in _SHARDED,
             run_every_head=self.args.world_size > 1,
         )
-        shares = window.shares(self.args.loss_reduction)
-        losses = outputs["task_losses"]
-        loss = sum(shares[task] * self._weights[task] * task_loss for task, task_loss in losses.items())
-        self.progress.add_losses(losses)
+        loss = outputs["loss"]
+        self.progress.add_losses(outputs["task_losses"])
         self.guard.add(outputs["row_losses"])
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # data parallelism takes the mean over processes of what is a sum

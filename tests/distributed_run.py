@@ -20,7 +20,12 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 def shard_on_the_cpu() -> None:
     """Let Accelerate shard: it does so on accelerators only, without saying so, though its code runs on a CPU too."""
-    PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    state = PartialState()._shared_state
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        state["distributed_type"] = DistributedType.MULTI_GPU
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        rank = int(os.environ["RANK"])
+        state |= {"num_processes": int(os.environ["WORLD_SIZE"]), "process_index": rank, "local_process_index": rank}
 
 
 def main(out: str, composition: str, reduction: str, sampling: str = "weighted", resume: str = "") -> None:
@@ -45,15 +50,14 @@ def main(out: str, composition: str, reduction: str, sampling: str = "weighted",
         save_steps=2,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,  # DeepSpeed finds its device by itself
         batch_composition=composition,
         loss_reduction=reduction,
         task_sampling=sampling,
         # `traits` has no rows at all, `names` none in some micro-batches of some processes
         task_sampling_kwargs={"weights": {"reviews": 6, "traits": 0, "names": 1}} if sampling == "weighted" else None,
     )
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        shard_on_the_cpu()
+    shard_on_the_cpu()
     datasets = make_datasets(rows=44)
     idle = [whole(parameter) for parameter in model.heads["traits"].parameters()]
     trainer = MultiTaskTrainer(
@@ -62,7 +66,10 @@ def main(out: str, composition: str, reduction: str, sampling: str = "weighted",
     trainer.train(resume_from_checkpoint=resume if os.path.isdir(resume) else None)
     shards = sum(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     metrics = trainer.evaluate()
-    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    if trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    else:
+        weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
     now = [whole(parameter) for parameter in model.heads["traits"].parameters()]
     if trainer.is_world_process_zero():
         logs = [line for line in trainer.state.log_history if "loss" in line]
@@ -74,7 +81,9 @@ def main(out: str, composition: str, reduction: str, sampling: str = "weighted",
                 "metrics": metrics,
                 "logs": logs,
                 "rows_seen": trainer.progress.rows_seen,
-                "idle_is_untouched": all(torch.equal(a, b) for a, b in zip(idle, now, strict=True)),
+                "idle_is_untouched": all(torch.equal(a, b) for a, b in zip(idle, now, strict=True))
+                if not trainer.is_deepspeed_enabled
+                else None,
             },
             out,
         )

@@ -174,6 +174,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
         segments: Mapping[str, Segment] | None = None,
         labels: Mapping[str, Tensor] | None = None,
         num_items: Mapping[str, int | Tensor] | None = None,
+        loss_weights: Mapping[str, float] | None = None,
         single_pass: bool = False,
         run_every_head: bool = False,
         output_hidden_states: bool | None = None,
@@ -193,6 +194,8 @@ class MultiTaskModel(PreTrainedModel, ABC):
                 is not auxiliary is computed for all rows, from one pass: the way to serve.
             labels: Per task, the labels of its rows only.
             num_items: Per task, the number of items its summed loss is divided by (default: those in this batch).
+            loss_weights: Per task, what its loss is multiplied with in `loss` (default: its share of the rows times
+                its weight).
             single_pass: Take one pass of the encoder, however the segments lie. Processes that hold a shard each of
                 the parameters gather them in every pass, so all must make the same number.
             run_every_head: With labels, let the heads of tasks without rows take part in the loss, with a term of 0.
@@ -230,22 +233,18 @@ class MultiTaskModel(PreTrainedModel, ABC):
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
         single_pass = single_pass or wants_internals
         passes = [EncoderPass(0, rows, length, tuple(segments))] if single_pass else plan_passes(segments, cost)
-        logits: dict[str, Tensor] = {}
         encoded: Any = None
+        own_rows: dict[str, tuple[Tensor, Tensor | None]] = {}
         for part in passes:
             encoded = self.encode(**_cut(tensors, part), **extras)
             mask = None if attention_mask is None else attention_mask[part.start : part.stop, : part.length]
             for name in part.tasks:
-                segment = segments[name]
-                own = slice(segment.start - part.start, segment.stop - part.start)
-                head = self._head(name)
-                logits[name] = head(encoded.last_hidden_state[own], None if mask is None else mask[own])
+                own = slice(segments[name].start - part.start, segments[name].stop - part.start)
+                own_rows[name] = encoded.last_hidden_state[own], None if mask is None else mask[own]
+        logits, idle = self._run_heads(own_rows, bool(labels) and run_every_head)
         logits = {name: logits[name] for name in segments}
-        loss, task_losses, row_losses = self._losses(logits, labels, num_items)
-        if loss is not None and task_losses and run_every_head:
-            first = next(iter(task_losses))
-            idle = self._run_idle_heads(task_losses, encoded.last_hidden_state)
-            task_losses[first] = task_losses[first] + idle
+        loss, task_losses, row_losses = self._losses(logits, labels, num_items, loss_weights)
+        if loss is not None and idle is not None:
             loss = loss + idle
         output = MultiTaskOutput(
             loss=loss,
@@ -258,6 +257,27 @@ class MultiTaskModel(PreTrainedModel, ABC):
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
 
+    def _run_heads(
+        self, own_rows: Mapping[str, tuple[Tensor, Tensor | None]], every: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the logits of the tasks that have rows, and a 0 that depends on the parameters of all other heads.
+
+        The other heads really run, on one token of zeros, so that it makes no difference how parameters are sharded;
+        and all run in the model's order, because some backends add up gradients in the order in which they come.
+        """
+        if not every:
+            return {name: self._head(name)(*rows) for name, rows in own_rows.items()}, None
+        logits: dict[str, Tensor] = {}
+        idle: list[Tensor] = []
+        # Like real rows it wants a gradient: ZeRO-3 fetches parameters where gradients pass by.
+        token = torch.zeros_like(next(iter(own_rows.values()))[0][:1, :1], requires_grad=torch.is_grad_enabled())
+        for name, head in self.heads.items():
+            if name in own_rows:
+                logits[name] = head(*own_rows[name])
+            else:
+                idle.append(0.0 * head(token, None).float().sum())
+        return logits, torch.stack(idle).sum() if idle else None
+
     def _head(self, name: str) -> TaskHead:
         if name not in self.heads:
             raise ValueError(f"task {name!r} is not one of this model's: {', '.join(self.heads)}")
@@ -268,6 +288,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
         logits: dict[str, Tensor],
         labels: Mapping[str, Tensor] | None,
         num_items: Mapping[str, int | Tensor] | None,
+        loss_weights: Mapping[str, float] | None,
     ) -> tuple[Tensor | None, dict[str, Tensor] | None, dict[str, Tensor] | None]:
         if not labels:
             return None, None, None
@@ -283,19 +304,12 @@ class MultiTaskModel(PreTrainedModel, ABC):
                 items = self._head(name).row_items(labels[name]).sum()
             # A task whose rows hold no labelled item has a loss of 0, not of 0 / 0.
             task_losses[name] = losses.sum() / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
-        weights = {task.name: task.weight for task in self.tasks}
-        total = sum(len(losses) for losses in row_losses.values())
-        parts = [len(row_losses[name]) / total * weights[name] * loss for name, loss in task_losses.items()]
-        return torch.stack(parts).sum(), task_losses, row_losses
-
-    def _run_idle_heads(self, busy: Mapping[str, Tensor], hidden: Tensor) -> Tensor | float:
-        """Return 0, as a term that reaches the parameters of every head but those of the busy tasks.
-
-        The heads really run, on one token of zeros, so that it makes no difference how their parameters are sharded.
-        """
-        token = torch.zeros_like(hidden[:1, :1])
-        idle = [head(token, None) for name, head in self.heads.items() if name not in busy]
-        return sum((0.0 * logits.float().sum() for logits in idle), 0.0)
+        if loss_weights is None:
+            total = sum(len(losses) for losses in row_losses.values())
+            weights = {task.name: task.weight for task in self.tasks}
+            loss_weights = {name: len(losses) / total * weights[name] for name, losses in row_losses.items()}
+        loss = torch.stack([loss_weights[name] * loss for name, loss in task_losses.items()]).sum()
+        return loss, task_losses, row_losses
 
     # ---- PreTrainedModel's contracts ----
 

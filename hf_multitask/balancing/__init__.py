@@ -1,0 +1,1 @@
+"""Balancing of tasks: how losses and gradients of several tasks make one update."""
