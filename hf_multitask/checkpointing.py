@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer
 from transformers.utils import logging
 
+from .data.streaming import StreamingMixture
 from .guard import LossGuard
 from .loading import make_sampler, total_steps
 from .models.task import Task
@@ -37,6 +38,7 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "multitask_state.json"
+STREAMS_NAME = "streams_{}.json"  # one of each process
 _TASK_FIELDS = ("name", "type", "labels", "weight", "auxiliary", "label_smoothing", "max_length")
 # Strategies whose probabilities depend on how long the whole training is.
 _NEED_LENGTH = ("annealed", "unimax")
@@ -138,6 +140,7 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
             return f"{name} is missing"
         except ValueError:
             return f"{name} is cut off"
+    streaming = (read_state(folder) or {}).get("streaming", False)
     states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     # Sharded runs may write a folder of shards for the optimizer and one for the weights; its `.metadata` comes last.
     parts = [path for path in folder.iterdir() if path.is_dir()]
@@ -145,6 +148,7 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
     for part in parts:
         if any(part.glob("*.distcp")) and not (part / ".metadata").is_file():
             return f"{part.name}/.metadata is missing"
+    states += [STREAMS_NAME.format(rank) for rank in range(num_processes)] if streaming else []
     for name in ["scheduler.pt", *states]:
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -211,7 +215,8 @@ class MultiTaskCheckpoints(Trainer):
         sampler = make_sampler(self.args, self.train_dataset.sizes, self._train_batch_size)
         steps = total_steps(self.args, len(sampler) // self.args.gradient_accumulation_steps)
         sizes, length = self.train_dataset.sizes, self._preparing["max_length"]
-        return describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length)
+        run = describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length)
+        return run | {"streamed": isinstance(self.train_dataset, StreamingMixture)}
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begin the counts anew, or take them from a checkpoint of the same run."""
@@ -223,6 +228,10 @@ class MultiTaskCheckpoints(Trainer):
                 compare_runs(checkpoint, state["run"], self._describe_run())
             # What the texts were cut to in training is what a saved model cuts them to.
             self.accelerator.unwrap_model(self.model).config.max_input_length = self._preparing["max_length"]
+            if isinstance(self.train_dataset, StreamingMixture):
+                name = STREAMS_NAME.format(self.args.process_index)
+                stored = Path(checkpoint, name).read_text(encoding="utf-8") if checkpoint and state is not None else ""
+                self.train_dataset.restart(json.loads(stored) if stored else None)
             self.progress.restart((state or {}).get("rows_seen", {}))
             self.guard = LossGuard()
             self.guard.skipped = (state or {}).get("skipped_steps", 0)
@@ -231,11 +240,17 @@ class MultiTaskCheckpoints(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random state and ours, before `Trainer` closes the checkpoint with its own state."""
         super()._save_rng_state(output_dir)
+        streaming = isinstance(self.train_dataset, StreamingMixture)
+        if self.tasks and streaming:
+            batches = self.state.global_step * self.args.gradient_accumulation_steps
+            state = self.train_dataset.state_dict(batches)
+            Path(output_dir, STREAMS_NAME.format(self.args.process_index)).write_text(json.dumps(state) + "\n")
         if self.tasks and self.args.should_save:
             state = {
                 "run": self._describe_run(),
                 "rows_seen": self.progress.rows_seen,
                 "skipped_steps": self.guard.skipped,
+                "streaming": streaming,
             }
             Path(output_dir, STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         if self.tasks and self.args.world_size > 1:

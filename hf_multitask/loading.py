@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,15 +12,17 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from .data.dataset import MultiTaskDataset
-from .data.sampling import mixing_probabilities
+from .data.sampling import SIZELESS, mixing_probabilities
 from .data.schedule import MultiTaskBatchSampler, windows_per_epoch
+from .data.sources import Source
+from .data.streaming import StreamingMixture, StreamSampler, prepare_streams, stream_sizes
 from .training_args import MultiTaskTrainingArguments
 
-__all__ = ["make_loader", "make_sampler", "total_steps"]
+__all__ = ["make_loader", "make_sampler", "make_streams", "total_steps"]
 
 
 def make_sampler(
-    args: MultiTaskTrainingArguments, sizes: Mapping[str, int], rows_per_batch: int
+    args: MultiTaskTrainingArguments, sizes: Mapping[str, int], rows_per_batch: int, streaming: bool = False
 ) -> MultiTaskBatchSampler:
     """Return the batch sampler that some arguments ask for.
 
@@ -28,6 +30,7 @@ def make_sampler(
         args: The arguments; their rank, processes and accumulation are the sampler's.
         sizes: Rows by source.
         rows_per_batch: Rows of a micro-batch on one process.
+        streaming: Whether the sources are streams.
     """
     window = rows_per_batch * args.gradient_accumulation_steps * args.world_size
     windows = windows_per_epoch(sum(sizes.values()), window, args.dataloader_drop_last)
@@ -43,7 +46,7 @@ def make_sampler(
             total_rows=steps * window,
         )
 
-    return MultiTaskBatchSampler(
+    return (StreamSampler if streaming else MultiTaskBatchSampler)(
         sizes,
         probabilities,
         rows_per_batch=rows_per_batch,
@@ -63,7 +66,7 @@ def total_steps(args: TrainingArguments, windows: int) -> int:
 
 def make_loader(
     args: MultiTaskTrainingArguments,
-    dataset: MultiTaskDataset,
+    dataset: MultiTaskDataset | StreamingMixture,
     collate: Callable[[list], dict],
     rows_per_batch: int,
     accelerator: Any,
@@ -77,7 +80,10 @@ def make_loader(
         rows_per_batch: Rows of a micro-batch on one process.
         accelerator: The trainer's accelerator, which moves batches to the device.
     """
-    sampler = make_sampler(args, dataset.sizes, rows_per_batch)
+    streaming = isinstance(dataset, StreamingMixture)
+    if isinstance(dataset, StreamingMixture):
+        dataset.remember(args.gradient_accumulation_steps + 3)
+    sampler = make_sampler(args, dataset.sizes, rows_per_batch, streaming)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -97,3 +103,42 @@ def make_loader(
         loader.batch_sampler.process_index = 0
         loader.batch_sampler.sampler = sampler
     return loader
+
+
+def make_streams(
+    args: MultiTaskTrainingArguments,
+    datasets: Mapping[str, Any],
+    sources: Sequence[Source],
+    argument: str,
+    **options: Any,
+) -> StreamingMixture:
+    """Return the mixture of streams that some arguments ask for.
+
+    Args:
+        args: The training arguments.
+        datasets: By name; at least one is a stream.
+        sources: The sources of the model's tasks.
+        argument: Name of the argument that the datasets came by, for messages.
+        **options: `tokenizer`, `max_length` and `split`, as for [`hf_multitask.data.streaming.prepare_streams`].
+
+    Raises:
+        ValueError: A length is not known, or an argument does not go with streams.
+    """
+    if args.dataloader_num_workers:
+        raise ValueError(
+            "dataloader_num_workers does not go with streamed datasets: every worker would read the whole stream; "
+            "set it to 0"
+        )
+    assumed = None
+    if args.max_steps > 0 and args.task_sampling in SIZELESS:
+        window = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        assumed = -(-args.max_steps * window // len(datasets))
+    return prepare_streams(
+        datasets,
+        sources,
+        stream_sizes(datasets, args.stream_sizes, argument, assumed),
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        num_processes=args.world_size,
+        process_index=args.process_index,
+        **options,
+    )

@@ -21,13 +21,14 @@ from transformers.utils import logging
 from .best_metric import settle_best_metric
 from .checkpointing import MultiTaskCheckpoints
 from .data.collator import DataCollatorForMultiTask
-from .data.dataset import MultiTaskDataset, prepare_sources
+from .data.dataset import MultiTaskDataset, as_mapping, prepare_sources
 from .data.preprocessing import check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
 from .data.sources import make_sources
+from .data.streaming import StreamingMixture, is_stream
 from .evaluation import MultiTaskEvaluation, check_compute_metrics
 from .guard import BadLoss, LossGuard, NonFiniteLossError
-from .loading import make_loader, make_sampler
+from .loading import make_loader, make_sampler, make_streams
 from .models.backbone import sharding_units
 from .models.base import MultiTaskModel
 from .models.task import Task
@@ -110,7 +111,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             settle_best_metric(args, self.tasks, self._metrics, eval_dataset)
             with args.main_process_first(desc="preparing datasets"):
                 if train_dataset is not None:
-                    train_dataset = self.prepare_datasets(train_dataset, "train_dataset", "train")
+                    train_dataset = self._prepare_training_data(train_dataset, args)
                     self._check_sampling(train_dataset, args)
                 if eval_dataset is not None:
                     eval_dataset = self.prepare_datasets(eval_dataset, "eval_dataset", "eval", complete=False)
@@ -145,6 +146,17 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
 
     # ---- arguments and datasets ----
 
+    def _prepare_training_data(self, datasets: Any, args: MultiTaskTrainingArguments) -> Any:
+        """Check and tokenize the training data; streams are looked at and left to be read as training goes on."""
+        if isinstance(datasets, StreamingMixture):
+            return datasets
+        if not isinstance(datasets, MultiTaskDataset):
+            by_name = as_mapping(datasets, self._sources, "train_dataset", complete=True)
+            if is_stream(by_name):
+                options = {key: self._preparing[key] for key in ("tokenizer", "max_length")}
+                return make_streams(args, by_name, self._sources, "train_dataset", split="train", **options)
+        return self.prepare_datasets(datasets, "train_dataset", "train")
+
     def prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
         """Check and tokenize datasets, by name; `evaluate` and `predict` take the result as well.
 
@@ -158,7 +170,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             return datasets
         return prepare_sources(datasets, self._sources, argument, split=split, **options, **self._preparing)
 
-    def _check_sampling(self, dataset: MultiTaskDataset, args: MultiTaskTrainingArguments) -> None:
+    def _check_sampling(self, dataset: Any, args: MultiTaskTrainingArguments) -> None:
         mixing_probabilities(args.task_sampling, dataset.sizes, args.mixing_kwargs, num_epochs=1)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -255,13 +267,17 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
     def _describe_rows(self, bad: BadLoss) -> str:
         """Return which rows of its dataset a bad loss came from; the order of the rows can be looked up again."""
         source = next(s for s in self._sources if any(task.name == bad.task for task in s.tasks))
+        if isinstance(self.train_dataset, StreamingMixture):
+            number = self.state.global_step * self.args.gradient_accumulation_steps + bad.micro_batch + 1
+            own = self.train_dataset.places(number, source.name)
+            return f"row(s) {', '.join(own[place] for place in bad.places)} of dataset {source.dataset!r}"
         sampler = make_sampler(self.args, self.train_dataset.sizes, self._train_batch_size)
         accumulation = self.args.gradient_accumulation_steps
         epoch, window = divmod(self.state.global_step, len(sampler) // accumulation)
         sampler.set_epoch(epoch)
         batch = next(itertools.islice(sampler, window * accumulation + bad.micro_batch, None))
-        own = [row for name, row in map(self.train_dataset.locate, batch) if name == source.name]
-        return f"row(s) {', '.join(str(own[place]) for place in bad.places)} of dataset {source.dataset!r}"
+        own = [str(row) for name, row in map(self.train_dataset.locate, batch) if name == source.name]
+        return f"row(s) {', '.join(own[place] for place in bad.places)} of dataset {source.dataset!r}"
 
     # ---- optimizer ----
 

@@ -36,6 +36,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `max_length`: longest input in tokens, special tokens included; longer ones are truncated. None takes what
       tokenizer and backbone allow.
     - `dataset_num_proc`: processes that tokenize.
+    - `dataset_sizes`: rows of streamed datasets (`IterableDataset`) by name, as a dictionary; for those that do not
+      know it themselves. They set shares and the length of an epoch, and need not be exact.
 
     What counts:
 
@@ -86,9 +88,12 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(default=None, metadata={"help": "Longest input in tokens; longer ones are cut."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    dataset_sizes: dict[str, int] | str | None = field(
+        default=None, metadata={"help": "Rows of streamed datasets by name, as JSON."}
+    )
 
     # Values of these may be given as JSON on a command line.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "task_sampling_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "task_sampling_kwargs", "dataset_sizes"]
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -113,6 +118,17 @@ class MultiTaskTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+
+        for name, size in self.stream_sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"dataset_sizes[{name!r}] must be a positive whole number, got {size!r}")
+
+    @property
+    def stream_sizes(self) -> dict[str, int]:
+        """The rows of streamed datasets that were given, as a dictionary."""
+        if isinstance(self.dataset_sizes, str):
+            raise ValueError(f"dataset_sizes must be a dictionary or JSON, got {self.dataset_sizes!r}")
+        return self.dataset_sizes or {}
 
     @property
     def mixing_kwargs(self) -> dict[str, Any]:

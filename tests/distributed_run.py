@@ -53,15 +53,20 @@ def main(out: str, composition: str, reduction: str, sampling: str = "weighted",
         use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,  # DeepSpeed finds its device by itself
         batch_composition=composition,
         loss_reduction=reduction,
-        task_sampling=sampling,
+        task_sampling="temperature" if sampling == "streams" else sampling,
         # `traits` has no rows at all, `names` none in some micro-batches of some processes
         task_sampling_kwargs={"weights": {"reviews": 6, "traits": 0, "names": 1}} if sampling == "weighted" else None,
     )
     shard_on_the_cpu()
     datasets = make_datasets(rows=44)
+    train = datasets
+    if sampling == "streams":
+        args.dataset_sizes = {name: len(part) for name, part in datasets.items()}
+        train = {name: part.to_iterable_dataset(num_shards=2) for name, part in datasets.items()}
+        train["traits"] = train["traits"].shuffle(seed=1, buffer_size=6)
     idle = [whole(parameter) for parameter in model.heads["traits"].parameters()]
     trainer = MultiTaskTrainer(
-        model, args, train_dataset=datasets, eval_dataset=datasets, processing_class=make_tokenizer()
+        model, args, train_dataset=train, eval_dataset=datasets, processing_class=make_tokenizer()
     )
     trainer.train(resume_from_checkpoint=resume if os.path.isdir(resume) else None)
     shards = sum(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -139,7 +139,7 @@ def test_resumed_fully_sharded_equals_uninterrupted(tmp_path, kind):
         assert all(torch.equal(value, reloaded.get_parameter(name)) for name, value in whole["weights"].items())
 
 
-@pytest.mark.parametrize("sampling", ["temperature", "annealed"])
+@pytest.mark.parametrize("sampling", ["streams", "annealed", pytest.param("temperature", marks=pytest.mark.slow)])
 def test_resumed_on_two_processes_equals_uninterrupted(tmp_path, sampling):
     (tmp_path / "run").mkdir()
     options = ("mixed", "rows", sampling, str(tmp_path / "run" / "checkpoint-4"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,7 +97,7 @@ def prepare(
     """
     where = f"dataset {source.dataset!r} ({split})"
     if isinstance(dataset, IterableDataset):
-        raise TypeError(f"{where} is a streaming IterableDataset; load it with streaming=False")
+        dataset = read_stream(dataset)
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{where} must be a datasets.Dataset, got {type(dataset).__name__}")
     if len(dataset) == 0:
@@ -121,6 +121,16 @@ def prepare(
         raise ValueError(f"{where}: {error}") from None
     check_something_left(prepared.data, encoder, where)
     return prepared
+
+
+def read_stream(dataset: IterableDataset) -> Dataset:
+    """Return all rows of a stream as a dataset in memory: what is evaluated must have an end."""
+    parts = []
+    features = dataset.features
+    for batch in dataset.with_format(None).iter(batch_size=1000):
+        parts.append(Dataset.from_dict(batch, features=features))
+        features = parts[0].features
+    return concatenate_datasets(parts) if parts else Dataset.from_dict({})
 
 
 def check_something_left(rows: Any, encoder: RowEncoder, where: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from ..models.task import closest
 
-__all__ = ["MIXING", "check_mixing", "mixing_probabilities"]
+__all__ = ["MIXING", "SIZELESS", "check_mixing", "mixing_probabilities"]
 
 
 def _normalized(weights: Sequence[float]) -> list[float]:
@@ -124,6 +124,9 @@ MIXING: dict[str, Callable[..., list[float]]] = {
     for function in (proportional, temperature, uniform, round_robin, capped, unimax, weighted, annealed)
 }
 """Mixing strategies by name: sizes (and the strategy's own arguments) → probabilities that sum to 1."""
+
+SIZELESS = ("uniform", "round_robin", "weighted")
+"""Strategies whose probabilities do not depend on the sizes."""
 
 # What the trainer tells a strategy that asks for it; all other arguments are the user's.
 _CONTEXT = ("names", "epoch", "num_epochs", "total_rows")
