@@ -75,6 +75,7 @@ def describe_run(
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "number of processes": args.world_size,
         "dataloader_drop_last": args.dataloader_drop_last,
+        "train_sampling_strategy": args.train_sampling_strategy,
     }
     if args.task_sampling in _NEED_LENGTH:
         run["steps of the whole training"] = steps
@@ -212,7 +213,7 @@ class MultiTaskCheckpoints(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _describe_run(self) -> dict[str, Any]:
-        sampler = make_sampler(self.args, self.train_dataset.sizes, self._train_batch_size)
+        sampler = make_sampler(self.args, self.train_dataset, self._train_batch_size)
         steps = total_steps(self.args, len(sampler) // self.args.gradient_accumulation_steps)
         sizes, length = self.train_dataset.sizes, self._preparing["max_length"]
         run = describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length)

@@ -22,19 +22,22 @@ __all__ = ["make_loader", "make_sampler", "make_streams", "total_steps"]
 
 
 def make_sampler(
-    args: MultiTaskTrainingArguments, sizes: Mapping[str, int], rows_per_batch: int, streaming: bool = False
+    args: MultiTaskTrainingArguments, dataset: MultiTaskDataset | StreamingMixture, rows_per_batch: int
 ) -> MultiTaskBatchSampler:
     """Return the batch sampler that some arguments ask for.
 
     Args:
         args: The arguments; their rank, processes and accumulation are the sampler's.
-        sizes: Rows by source.
+        dataset: The rows.
         rows_per_batch: Rows of a micro-batch on one process.
-        streaming: Whether the sources are streams.
     """
+    sizes = dataset.sizes
     window = rows_per_batch * args.gradient_accumulation_steps * args.world_size
     windows = windows_per_epoch(sum(sizes.values()), window, args.dataloader_drop_last)
     steps = total_steps(args, windows)
+    lengths = None
+    if args.train_sampling_strategy == "group_by_length" and isinstance(dataset, MultiTaskDataset):
+        lengths = dataset.lengths
 
     def probabilities(epoch: int) -> list[float]:
         return mixing_probabilities(
@@ -46,7 +49,7 @@ def make_sampler(
             total_rows=steps * window,
         )
 
-    return (StreamSampler if streaming else MultiTaskBatchSampler)(
+    return (StreamSampler if isinstance(dataset, StreamingMixture) else MultiTaskBatchSampler)(
         sizes,
         probabilities,
         rows_per_batch=rows_per_batch,
@@ -56,6 +59,7 @@ def make_sampler(
         seed=args.data_seed if args.data_seed is not None else args.seed,
         composition=args.batch_composition,
         drop_last=args.dataloader_drop_last,
+        lengths=lengths,
     )
 
 
@@ -80,10 +84,9 @@ def make_loader(
         rows_per_batch: Rows of a micro-batch on one process.
         accelerator: The trainer's accelerator, which moves batches to the device.
     """
-    streaming = isinstance(dataset, StreamingMixture)
     if isinstance(dataset, StreamingMixture):
         dataset.remember(args.gradient_accumulation_steps + 3)
-    sampler = make_sampler(args, dataset.sizes, rows_per_batch, streaming)
+    sampler = make_sampler(args, dataset, rows_per_batch)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -128,6 +131,11 @@ def make_streams(
         raise ValueError(
             "dataloader_num_workers does not go with streamed datasets: every worker would read the whole stream; "
             "set it to 0"
+        )
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy='group_by_length' does not go with streamed datasets: the lengths of rows to come "
+            "are not known"
         )
     assumed = None
     if args.max_steps > 0 and args.task_sampling in SIZELESS:

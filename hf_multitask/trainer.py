@@ -271,7 +271,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             number = self.state.global_step * self.args.gradient_accumulation_steps + bad.micro_batch + 1
             own = self.train_dataset.places(number, source.name)
             return f"row(s) {', '.join(own[place] for place in bad.places)} of dataset {source.dataset!r}"
-        sampler = make_sampler(self.args, self.train_dataset.sizes, self._train_batch_size)
+        sampler = make_sampler(self.args, self.train_dataset, self._train_batch_size)
         accumulation = self.args.gradient_accumulation_steps
         epoch, window = divmod(self.state.global_step, len(sampler) // accumulation)
         sampler.set_epoch(epoch)

@@ -33,6 +33,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `batch_composition`: `mixed` fills every batch from all datasets; `single_task` takes all rows of a batch from
       one, which pads less where lengths differ much but makes consecutive steps (without accumulation) pull in
       different directions.
+    - `train_sampling_strategy`: `random`, or `group_by_length`, which lets rows of similar length of each dataset
+      come together; it pads less, and leaves shares as they are.
     - `max_length`: longest input in tokens, special tokens included; longer ones are truncated. None takes what
       tokenizer and backbone allow.
     - `dataset_num_proc`: processes that tokenize.
@@ -162,8 +164,8 @@ def settle_args(args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskT
         "label_smoothing_factor": (args.label_smoothing_factor, "set Task(label_smoothing=...) per task"),
         "batch_eval_metrics": (args.batch_eval_metrics, "metrics are computed over whole datasets"),
         "train_sampling_strategy": (
-            args.train_sampling_strategy != "random",
-            "task_sampling and batch_composition say how rows are drawn",
+            args.train_sampling_strategy not in ("random", "group_by_length"),
+            "task_sampling and batch_composition say how rows are drawn; 'group_by_length' does",
         ),
         "predict_with_generate": (getattr(args, "predict_with_generate", False), "none of the tasks generates text"),
         "eval_do_concat_batches=False": (not args.eval_do_concat_batches, "metrics need whole datasets"),

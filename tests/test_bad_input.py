@@ -113,7 +113,7 @@ ARGUMENTS = {
         ["eval_tone_acuracy", "'eval_tone_accuracy'"],
     ),
     "rows grouped by length": (
-        dict(train_sampling_strategy="group_by_length"),
+        dict(train_sampling_strategy="sequential"),
         ["train_sampling_strategy", "task_sampling"],
     ),
     "metrics in pieces": (dict(eval_do_concat_batches=False), ["eval_do_concat_batches"]),

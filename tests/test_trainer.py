@@ -445,3 +445,15 @@ def test_a_saved_model_knows_the_length_it_was_trained_on(make_trainer, model, t
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     assert Predictor.from_pretrained(tmp_path / "saved").max_length == 12
+
+
+def test_group_by_length_trains_on_the_same_rows_in_another_order(model, make_trainer, datasets):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen, rows = [], []
+    for strategy in ("random", "group_by_length"):
+        model.load_state_dict(before)
+        trainer = make_trainer(model, max_steps=-1, num_train_epochs=1, train_sampling_strategy=strategy)
+        rows.append([batch["attention_mask"].sum(1).tolist() for batch in trainer.get_train_dataloader()])
+        trainer.train()
+        seen.append(trainer.progress.rows_seen)
+    assert seen[0] == seen[1] and rows[0] != rows[1]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -73,6 +75,14 @@ class MultiTaskDataset(torch.utils.data.Dataset):
     def sizes(self) -> dict[str, int]:
         """Rows by source."""
         return {source.name: len(part) for source, part in zip(self.sources, self.rows, strict=True)}
+
+    @cached_property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of every row, by source."""
+        columns = {
+            source.name: part.data.column("input_ids") for source, part in zip(self.sources, self.rows, strict=True)
+        }
+        return {name: pc.list_value_length(column).to_numpy() for name, column in columns.items()}
 
     def __len__(self) -> int:
         """Return the number of rows of all sources."""

@@ -339,3 +339,57 @@ def test_the_bound_holds_for_any_change_of_shares_between_epochs(seed):
             targets = [x + p for x, p in zip(targets, table[epoch], strict=True)]
             worst = max(worst, *(abs(a - x) for a, x in zip(counts, targets, strict=True)))
     assert worst <= 1 - 1 / (2 * size - 2) + 1e-6
+
+
+def draw_lengths(sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {name: draw.integers(3, 60 if name == "a" else 400, size) for name, size in sizes.items()}
+
+
+def test_grouping_by_length_keeps_shares_and_passes():
+    sizes = {"a": 700, "b": 130, "c": 9}
+    grouped = [np.concatenate(epoch) for epoch in batches(make_sampler(sizes, lengths=draw_lengths(sizes)))]
+    plain = [np.concatenate(epoch) for epoch in batches(make_sampler(sizes))]
+    for one, other in zip(grouped, plain, strict=True):
+        assert (dataset_numbers(sizes, one) == dataset_numbers(sizes, other)).all()
+        assert (one != other).any()
+    rows = np.concatenate(grouped)
+    small = rows[dataset_numbers(sizes, rows) == 2]
+    for start in range(0, len(small) - 9, 9):
+        assert sorted(small[start : start + 9]) == list(range(830, 839))
+
+
+def test_grouping_by_length_is_the_same_for_every_layout():
+    sizes = {"a": 700, "b": 130}
+    lengths = draw_lengths(sizes)
+    whole = sum(batches(make_sampler(sizes, lengths=lengths))[1], [])
+    accumulated = sum(batches(make_sampler(sizes, lengths=lengths, rows_per_batch=2, accumulation=4))[1], [])
+    options = dict(lengths=lengths, rows_per_batch=4, num_processes=2)
+    ranks = [batches(make_sampler(sizes, **options, process_index=rank))[1] for rank in (0, 1)]
+    assert whole == accumulated == sum([row for pair in zip(*ranks, strict=True) for row in pair], [])
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+def test_grouping_by_length_brings_rows_of_like_length_together(composition):
+    sizes = {"a": 4000, "b": 3000}
+    lengths = draw_lengths(sizes)
+    all_lengths = np.concatenate(list(lengths.values()))
+
+    def padding(**options) -> int:
+        """Tokens of padding if each dataset's part of a batch is padded to its longest row."""
+        total = 0
+        for batch in sum(batches(make_sampler(sizes, rows_per_batch=32, composition=composition, **options)), []):
+            for number in (0, 1):
+                own = all_lengths[np.array(batch)[dataset_numbers(sizes, batch) == number]]
+                total += len(own) * own.max(initial=0) - own.sum()
+        return total
+
+    assert padding(lengths=lengths) < 0.15 * padding()
+
+
+def test_grouping_by_length_begins_with_the_longest_rows_of_a_stretch():
+    sizes = {"a": 8000}
+    lengths = draw_lengths(sizes)
+    found = lengths["a"][np.concatenate(batches(make_sampler(sizes, lengths=lengths))[0])]
+    stretches = found.reshape(-1, 400)  # fifty windows of eight rows
+    assert (np.diff(stretches) <= 0).all() and len(np.unique(stretches, axis=0)) == 20
