@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 from transformers.utils import logging
 
+from .balanced_step import MultiTaskBalancing
 from .data.streaming import StreamingMixture
 from .guard import LossGuard
 from .loading import make_sampler, total_steps
 from .models.task import Task
 from .training_args import MultiTaskTrainingArguments
-from .window import TaskProgress
 
 __all__ = [
     "STATE_NAME",
@@ -76,10 +75,19 @@ def describe_run(
         "number of processes": args.world_size,
         "dataloader_drop_last": args.dataloader_drop_last,
         "train_sampling_strategy": args.train_sampling_strategy,
+        "loss_weighting": _name(args.loss_weighting),
+        "loss_weighting_kwargs": args.weighting_kwargs,
+        "gradient_combination": _name(args.gradient_combination),
+        "gradient_combination_kwargs": args.combination_kwargs,
+        "combination_every": args.combination_every,
     }
     if args.task_sampling in _NEED_LENGTH:
         run["steps of the whole training"] = steps
     return json.loads(json.dumps(run))
+
+
+def _name(method: Any) -> str:
+    return method if isinstance(method, str) else type(method).__name__
 
 
 def compare_runs(checkpoint: str | Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -182,14 +190,11 @@ def last_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> 
     return None, skipped
 
 
-class MultiTaskCheckpoints(Trainer):
+class MultiTaskCheckpoints(MultiTaskBalancing):
     """The part of [`MultiTaskTrainer`] that writes checkpoints and goes on from them."""
 
     args: MultiTaskTrainingArguments
     train_dataset: Any
-    tasks: list[Task]
-    progress: TaskProgress
-    guard: LossGuard
     _preparing: dict[str, Any]
 
     def train(
@@ -236,6 +241,9 @@ class MultiTaskCheckpoints(Trainer):
             self.progress.restart((state or {}).get("rows_seen", {}))
             self.guard = LossGuard()
             self.guard.skipped = (state or {}).get("skipped_steps", 0)
+            self._begin_balancing(self.args)
+            if state is not None:
+                self.balancer.load_state_dict(state["balancing"])
         return super()._init_training_state(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -252,6 +260,7 @@ class MultiTaskCheckpoints(Trainer):
                 "rows_seen": self.progress.rows_seen,
                 "skipped_steps": self.guard.skipped,
                 "streaming": streaming,
+                "balancing": self.balancer.state_dict(),
             }
             Path(output_dir, STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         if self.tasks and self.args.world_size > 1:

@@ -121,7 +121,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             self.loss_is_scaled_for_ga = True
             self.progress = TaskProgress([task.name for task in self.tasks])
             self.guard = LossGuard()
-            self._weights = {task.name: task.weight for task in self.tasks}
+            self._begin_balancing(args)
         elif isinstance(train_dataset, Mapping):
             raise ValueError(
                 f"train_dataset is a dictionary of datasets, but {type(probe).__name__} is no multi-task model; "
@@ -139,6 +139,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        if self.tasks:
+            self._check_balancing()
         if self.tasks and self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.transformer_cls_names_to_wrap is None:
@@ -200,16 +202,22 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward; heads whose task the window lacks end up without a gradient."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.tasks:
-            return loss
-        # What is not finite is the guard's matter; in the running mean of the loss it would stay for good.
-        loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+            return super().training_step(model, inputs, num_items_in_batch)
+        by_task = self.balancer.needs_task_gradients(self.state.global_step)
+        if by_task:
+            loss = self._backward_by_task(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            # What is not finite is the guard's matter; in the running mean of the loss it would stay for good.
+            loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
         if not self.accelerator.sync_gradients:
             return loss
         bad = self.guard.check(self.args.device, self.args.world_size)
         if bad is not None:
             self._stop_or_skip(model, bad)
+        elif by_task:
+            loss = self._combine(model, num_items_in_batch)
         if self.args.world_size > 1:
             unwrapped = self.accelerator.unwrap_model(model)
             for task in self.tasks:
@@ -225,17 +233,23 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
         """Return this micro-batch's part of the window's loss, `sum of share * weight * loss` over tasks."""
         if not self.tasks or not isinstance(num_items_in_batch, Window):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        window = num_items_in_batch
-        shares = window.shares(self.args.loss_reduction)
+        window, balancer = num_items_in_batch, self.balancer
+        scales = dict(zip([task.name for task in self.tasks], balancer.coefficients, strict=True))
         outputs = model(
             **{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}},
-            loss_weights={task: share * self._weights[task] for task, share in shares.items()},
+            loss_weights=balancer.factors(window),
+            gradient_scales=scales if balancer.combines else None,
             single_pass=self.accelerator.distributed_type in _SHARDED,
             run_every_head=self.args.world_size > 1,
         )
-        loss = outputs["loss"]
-        self.progress.add_losses(outputs["task_losses"])
+        loss, losses = outputs["loss"], outputs["task_losses"]
+        self.progress.add_losses(losses)
         self.guard.add(outputs["row_losses"])
+        if not balancer.is_static:
+            # This is the whole window, or the gradients of tasks would be wanted: the weights are of these losses.
+            total = self._add_up_losses({task: value.detach() for task, value in losses.items()}, window)
+            factors = balancer.weigh(window, total, self.state.global_step, int(self.state.epoch or 0))
+            loss = loss * 0.0 + sum(factors[task] * value for task, value in losses.items())
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # data parallelism takes the mean over processes of what is a sum
         return (loss, outputs) if return_outputs else loss
@@ -246,6 +260,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             logs = logs | self.progress.drain(self.args.device, self.args.world_size)
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped
+            logs |= self.balancer.logs()
         super().log(logs, start_time)
 
     def _stop_or_skip(self, model: nn.Module, bad: list[BadLoss]) -> None:
@@ -263,6 +278,9 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
         if self.accelerator.scaler is None:  # the scaler skips steps with such gradients by itself
             for parameter in model.parameters():
                 parameter.grad = None
+        if self._gradients is not None:
+            self._gradients.clear()
+        self._window_losses = {}
 
     def _describe_rows(self, bad: BadLoss) -> str:
         """Return which rows of its dataset a bad loss came from; the order of the rows can be looked up again."""

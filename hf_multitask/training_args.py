@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from .balancing.combination import check_combination
+from .balancing.weighting import check_weighting
 from .data.sampling import check_mixing
 from .models.task import closest
 
@@ -19,6 +21,7 @@ __all__ = ["MultiTaskSeq2SeqTrainingArguments", "MultiTaskTrainingArguments", "s
 _COMPOSITIONS = ("mixed", "single_task")
 _REDUCTIONS = ("rows", "tasks")
 _NONFINITE = ("raise", "skip")
+_DICTIONARIES = ["task_sampling_kwargs", "dataset_sizes", "loss_weighting_kwargs", "gradient_combination_kwargs"]
 
 
 @dataclass
@@ -47,6 +50,19 @@ class MultiTaskTrainingArguments(TrainingArguments):
       each row counts alike and sampling decides the shares; `tasks` gives each task that is present the same share.
     - `primary_task`: the task whose primary metric picks the best checkpoint and stops training. It sets
       `metric_for_best_model`. Without it the mean over the tasks, `eval_average`, does.
+
+    How tasks are balanced (what the methods are: [`hf_multitask.balancing.weighting`] and
+    [`hf_multitask.balancing.combination`]):
+
+    - `loss_weighting`, `loss_weighting_kwargs`: what each task's loss is multiplied with, anew in every step, on top of
+      its share and its `weight`; a name in `WEIGHTINGS`, or an object with a method `weights(observation)`.
+    - `gradient_combination`, `gradient_combination_kwargs`: how the tasks' gradients on the shared parameters become
+      one; a name in `COMBINATIONS`, `graddrop`, or a weighting of `torchjd`. All but `sum` hold a copy of the shared
+      gradient per task.
+    - `combination_every`: optimizer steps between two decisions; in between the coefficients are used again, at the
+      price of a plain step.
+    - `conflict_logging_steps`: log the cosines between the tasks' gradients, `conflict/<a>|<b>`, every so many steps;
+      0 for never. With a gradient combination they cost nothing.
 
     How it is optimized:
 
@@ -79,6 +95,20 @@ class MultiTaskTrainingArguments(TrainingArguments):
     primary_task: str | None = field(
         default=None, metadata={"help": "Task whose metric picks the best checkpoint and stops training."}
     )
+    loss_weighting: str = field(default="static", metadata={"help": "How the losses of the tasks are weighed."})
+    loss_weighting_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the loss weighting, as JSON."}
+    )
+    gradient_combination: str = field(
+        default="sum", metadata={"help": "How the gradients of the tasks become one on shared parameters."}
+    )
+    gradient_combination_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the gradient combination, as JSON."}
+    )
+    combination_every: int = field(default=1, metadata={"help": "Steps between two decisions of the combination."})
+    conflict_logging_steps: int = field(
+        default=0, metadata={"help": "Log the cosines between the tasks' gradients every so many steps; 0: never."}
+    )
     on_nonfinite_loss: str = field(
         default="raise", metadata={"help": "A loss that is NaN or infinite: 'raise', or 'skip' the step."}
     )
@@ -95,7 +125,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )
 
     # Values of these may be given as JSON on a command line.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "task_sampling_kwargs", "dataset_sizes"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -112,6 +142,14 @@ class MultiTaskTrainingArguments(TrainingArguments):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not known{closest(value, allowed)}; choose from {allowed}")
         check_mixing(self.task_sampling, self.mixing_kwargs)
+        if isinstance(self.loss_weighting, str):
+            check_weighting(self.loss_weighting, self.weighting_kwargs)
+        kwargs = {key: value for key, value in self.combination_kwargs.items() if not isinstance(value, dict)}
+        check_combination(self.gradient_combination, kwargs)
+        for name, least in (("combination_every", 1), ("conflict_logging_steps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         for name in ("backbone_learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -128,16 +166,36 @@ class MultiTaskTrainingArguments(TrainingArguments):
     @property
     def stream_sizes(self) -> dict[str, int]:
         """The rows of streamed datasets that were given, as a dictionary."""
-        if isinstance(self.dataset_sizes, str):
-            raise ValueError(f"dataset_sizes must be a dictionary or JSON, got {self.dataset_sizes!r}")
-        return self.dataset_sizes or {}
+        return self._dictionary("dataset_sizes")
 
     @property
     def mixing_kwargs(self) -> dict[str, Any]:
         """The mixing strategy's own arguments, as a dictionary."""
-        if isinstance(self.task_sampling_kwargs, str):
-            raise ValueError(f"task_sampling_kwargs must be a dictionary or JSON, got {self.task_sampling_kwargs!r}")
-        return self.task_sampling_kwargs or {}
+        return self._dictionary("task_sampling_kwargs")
+
+    @property
+    def weighting_kwargs(self) -> dict[str, Any]:
+        """The loss weighting's own arguments, as a dictionary."""
+        return self._dictionary("loss_weighting_kwargs")
+
+    @property
+    def combination_kwargs(self) -> dict[str, Any]:
+        """The gradient combination's own arguments, as a dictionary."""
+        return self._dictionary("gradient_combination_kwargs")
+
+    def _dictionary(self, name: str) -> dict[str, Any]:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            raise ValueError(f"{name} must be a dictionary or JSON, got {value!r}")
+        return value or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all arguments; objects stand there by the name of their class, so that it can be written as JSON."""
+        result = super().to_dict()
+        for name in ("loss_weighting", "gradient_combination"):
+            if not isinstance(result[name], str):
+                result[name] = type(result[name]).__name__
+        return result
 
 
 @dataclass

@@ -127,6 +127,15 @@ def test_deepspeed_equals_one_process(tmp_path, alone, stage):
     check_equal(alone("mixed", "rows"), engine, except_for="traits")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_resumed_deepspeed_equals_uninterrupted(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "run").mkdir()
+    options = ("mixed", "rows", "temperature", str(tmp_path / "run" / "checkpoint-4"))
+    check_same_run(accelerate(tmp_path, f"zero{stage}", *options), accelerate(tmp_path, f"zero{stage}", *options))
+
+
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
 def test_resumed_fully_sharded_equals_uninterrupted(tmp_path, kind):
     (tmp_path / "run").mkdir()

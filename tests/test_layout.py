@@ -24,6 +24,8 @@ FLOORS = {
     "metrics": 1,
     "quickstart": 1,
     "window": 1,
+    "balanced_step": 2,
+    "balancer": 2,
     "best_metric": 2,
     "checkpointing": 2,
     "evaluation": 2,

@@ -24,6 +24,9 @@ The methods:
 - `nash_mtl` (Navon et al. 2022), `fairgrad` (Ban & Ji 2024): progress is shared fairly.
 - `imtl_g` (Liu et al. 2021), `config` (Liu et al. 2024): equal projections on all gradients.
 - `aligned_mtl` (Senushkin et al. 2023): gradients replaced by the nearest orthogonal ones.
+
+One more, `graddrop` (Chen et al. 2020), is no function of the Gramian; it stands in
+[`hf_multitask.balancing.elementwise`].
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from torch import Tensor
 
 from ..models.task import closest
 from . import combination_methods as methods
+from .elementwise import ELEMENTWISE
 
 __all__ = ["COMBINATIONS", "Combination", "check_combination", "make_combination"]
 
@@ -67,6 +71,11 @@ class Combination:
     name: str
     function: Callable[..., Tensor]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the method takes the gradients themselves (see [`hf_multitask.balancing.elementwise`])."""
+        return self.name in ELEMENTWISE and self.function is ELEMENTWISE[self.name]
 
     @property
     def needs_memory(self) -> bool:
@@ -131,12 +140,14 @@ def check_combination(method: str | Callable[[Tensor], Tensor], kwargs: Mapping[
                 f"{', '.join(map(str, kwargs))}"
             )
         return
-    if method not in COMBINATIONS:
+    known = COMBINATIONS | ELEMENTWISE
+    if method not in known:
         raise ValueError(
-            f"gradient_combination {method!r} is not known{closest(method, COMBINATIONS)}; choose from "
-            f"{', '.join(COMBINATIONS)}, or give a weighting object of torchjd (pip install hf_multitask[torchjd])"
+            f"gradient_combination {method!r} is not known{closest(method, known)}; choose from "
+            f"{', '.join(known)}, or give a weighting object of torchjd (pip install hf_multitask[torchjd])"
         )
-    own = [name for name in list(inspect.signature(COMBINATIONS[method]).parameters)[1:] if name not in _CONTEXT]
+    hidden = (*_CONTEXT, "uniform")
+    own = [name for name in list(inspect.signature(known[method]).parameters)[1:] if name not in hidden]
     for key in kwargs:
         if key not in own:
             raise ValueError(
@@ -155,5 +166,5 @@ def make_combination(method: str | Callable[[Tensor], Tensor], kwargs: Mapping[s
     """
     check_combination(method, kwargs)
     if isinstance(method, str):
-        return Combination(method, COMBINATIONS[method], dict(kwargs or {}))
+        return Combination(method, (COMBINATIONS | ELEMENTWISE)[method], dict(kwargs or {}))
     return Combination(type(method).__name__, _ask, {"weighting": method})

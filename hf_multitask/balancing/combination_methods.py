@@ -53,6 +53,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "c": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
     "beta": (lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]"),
     "alpha": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
+    "leak": (lambda value: _is_number(value) and 0 <= value <= 1, "a number in [0, 1]"),
     "mode": (lambda value: isinstance(value, str) and value in _MODES, f"one of {', '.join(_MODES)}"),
     "preference": (lambda value: value is None or _is_preference(value), "one positive number per task"),
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -26,7 +27,7 @@ from transformers.utils import ModelOutput
 from .backbone import align_memory, backbone_options, default_pooling, load_backbone
 from .configuration import MultiTaskConfig
 from .heads import TaskHead, make_head
-from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, plan_passes
+from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, cut_rows, plan_passes
 from .task import Task, check_tasks, closest
 
 __all__ = ["MultiTaskModel", "MultiTaskOutput"]
@@ -175,6 +176,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
         labels: Mapping[str, Tensor] | None = None,
         num_items: Mapping[str, int | Tensor] | None = None,
         loss_weights: Mapping[str, float] | None = None,
+        gradient_scales: Mapping[str, float] | None = None,
         single_pass: bool = False,
         run_every_head: bool = False,
         output_hidden_states: bool | None = None,
@@ -196,6 +198,8 @@ class MultiTaskModel(PreTrainedModel, ABC):
             num_items: Per task, the number of items its summed loss is divided by (default: those in this batch).
             loss_weights: Per task, what its loss is multiplied with in `loss` (default: its share of the rows times
                 its weight).
+            gradient_scales: Per task, what its gradient is multiplied with where it goes from its head into the shared
+                parameters; the head's own stays as it is.
             single_pass: Take one pass of the encoder, however the segments lie. Processes that hold a shard each of
                 the parameters gather them in every pass, so all must make the same number.
             run_every_head: With labels, let the heads of tasks without rows take part in the loss, with a term of 0.
@@ -236,11 +240,14 @@ class MultiTaskModel(PreTrainedModel, ABC):
         encoded: Any = None
         own_rows: dict[str, tuple[Tensor, Tensor | None]] = {}
         for part in passes:
-            encoded = self.encode(**_cut(tensors, part), **extras)
+            encoded = self.encode(**cut_rows(tensors, part), **extras)
             mask = None if attention_mask is None else attention_mask[part.start : part.stop, : part.length]
             for name in part.tasks:
                 own = slice(segments[name].start - part.start, segments[name].stop - part.start)
-                own_rows[name] = encoded.last_hidden_state[own], None if mask is None else mask[own]
+                hidden = encoded.last_hidden_state[own]
+                if gradient_scales is not None and hidden.requires_grad:
+                    hidden.register_hook(partial(torch.mul, gradient_scales[name]))
+                own_rows[name] = hidden, None if mask is None else mask[own]
         logits, idle = self._run_heads(own_rows, bool(labels) and run_every_head)
         logits = {name: logits[name] for name in segments}
         loss, task_losses, row_losses = self._losses(logits, labels, num_items, loss_weights)
@@ -328,15 +335,3 @@ class MultiTaskModel(PreTrainedModel, ABC):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the backbone's input embeddings."""
         self.backbone.set_input_embeddings(value)
-
-
-def _cut(tensors: dict[str, Tensor | None], part: EncoderPass) -> dict[str, Any]:
-    """Return views of the tensors' rows and first tokens that belong to one pass."""
-    views: dict[str, Any] = {}
-    for key, value in tensors.items():
-        if value is None:
-            continue
-        views[key] = value[part.start : part.stop]
-        if value.dim() > 1 and value.shape[1] != part.length:
-            views[key] = views[key][:, : part.length]
-    return views

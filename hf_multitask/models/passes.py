@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["EncoderPass", "Segment", "plan_passes"]
+__all__ = ["EncoderPass", "Segment", "cut_rows", "plan_passes"]
 
 # What one more pass costs, in tokens that could have been computed instead. On a CPU the encoder is busy from the
 # first token; on an accelerator a pass below some thousand tokens waits for its kernel launches.
@@ -93,3 +94,20 @@ def plan_passes(segments: Mapping[str, Segment], cost_in_tokens: int = PASS_COST
         passes.append(EncoderPass(group[0][0][0], group[-1][0][1], max(length for _, (length, _) in group), tasks))
         stop = begin
     return passes[::-1]
+
+
+def cut_rows(tensors: Mapping[str, Any], part: EncoderPass | Segment) -> dict[str, Any]:
+    """Return views of some rows of tensors, cut to their first tokens; what is None is left out.
+
+    Args:
+        tensors: By name, `[B, L, ...]`, or `[B]` for a number of each row.
+        part: Which rows, and how many tokens.
+    """
+    views: dict[str, Any] = {}
+    for key, value in tensors.items():
+        if value is None:
+            continue
+        views[key] = value[part.start : part.stop]
+        if value.dim() > 1 and value.shape[1] != part.length:
+            views[key] = views[key][:, : part.length]
+    return views

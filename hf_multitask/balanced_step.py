@@ -1,0 +1,179 @@
+"""The part of the trainer that takes the tasks' gradients one by one, weighs and combines them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .balancer import TaskBalancer
+from .balancing.gramian import TaskGradients
+from .guard import LossGuard
+from .models.passes import Segment, cut_rows
+from .models.task import Task
+from .training_args import MultiTaskTrainingArguments
+from .window import TaskProgress, Window
+
+__all__ = ["MultiTaskBalancing"]
+
+_ROW_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "task_ids")
+
+
+class MultiTaskBalancing(Trainer):
+    """Steps with a gradient of their own for each task; see [`hf_multitask.balancer.TaskBalancer`]."""
+
+    args: MultiTaskTrainingArguments
+    tasks: list[Task]
+    balancer: TaskBalancer
+    progress: TaskProgress
+    guard: LossGuard
+
+    def _begin_balancing(self, args: MultiTaskTrainingArguments) -> None:
+        """Begin a run: no weights learned, no gradients kept."""
+        self.balancer = TaskBalancer(args, self.tasks)
+        self._gradients: TaskGradients | None = None
+        self._window_losses: dict[str, Tensor] = {}
+
+    def _check_balancing(self) -> None:
+        """Raise where a backend cannot do what the arguments ask for; set what FSDP needs.
+
+        Raises:
+            ValueError: The gradients of tasks are wanted of DeepSpeed.
+        """
+        plain = self.balancer.is_static and not self.balancer.combines and not self.args.conflict_logging_steps
+        if plain:
+            return
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "loss_weighting, gradient_combination and conflict_logging_steps do not go with DeepSpeed, whose "
+                "optimizer steps inside the backward pass; use DDP or FSDP version 2 (recipes/accelerate), or "
+                "Task(weight=...)"
+            )
+        if self.is_fsdp_enabled:
+            # Gradients are there only after they were reduced: in every micro-batch.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    def _backward_by_task(self, model: nn.Module, inputs: dict[str, Any], window: Window) -> Tensor:
+        """Run forward and backward for one task after the other, and move the shared gradients into their rows.
+
+        Returns:
+            A loss of 0: what a micro-batch counts is known only when the window is complete.
+        """
+        model.train()
+        switch = getattr(self.optimizer, "train", None)
+        if callable(switch):
+            switch()  # schedule-free optimizers keep other weights for training
+        inputs = self._prepare_inputs(inputs)
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        # Gradients are added up over processes here, once per window; DDP must not do it in every backward pass.
+        inner: Any = self.accelerator.unwrap_model(model)
+        if self._gradients is None:
+            world, rank = self.args.world_size, self.args.process_index
+            self._gradients = TaskGradients(inner.shared_parameters(), len(self.tasks), world, rank, sharded)
+        numbers = {task.name: number for number, task in enumerate(self.tasks)}
+        for names, segment in self._groups(inputs["segments"], inputs["labels"], window, sharded):
+            if segment is None:
+                losses = {names[0]: self._idle_loss(inner, inputs, names[0])}
+            else:
+                losses = self._group_losses(inner, inputs, names, segment, window)
+            for place, name in enumerate(names):
+                # FSDP takes the mean over processes of what is a sum.
+                loss = losses[name] * (self.args.world_size if sharded else 1)
+                self.accelerator.backward(loss, retain_graph=place + 1 < len(names))
+                self._gradients.move(numbers[name])
+        return torch.zeros((), device=self.args.device)
+
+    def _groups(
+        self, segments: Mapping[str, Segment], labels: Mapping[str, Tensor], window: Window, sharded: bool
+    ) -> Iterator[tuple[list[str], Segment | None]]:
+        """Yield tasks that share a forward pass, and their rows, in the model's order.
+
+        With sharded parameters every process must make the same passes: one for each task of the window, on no rows of
+        its own (None) where it has none.
+        """
+        names = [task.name for task in self.tasks if task.name in (window.rows if sharded else labels)]
+        groups: dict[tuple, list[str]] = {}
+        for name in names:
+            segment = segments.get(name) if name in labels else None
+            alone = sharded or segment is None or self.args.torch_compile
+            key = (name,) if alone else (segment.start, segment.stop)  # type: ignore[union-attr]
+            groups.setdefault(key, []).append(name)
+        for group in groups.values():
+            yield group, segments[group[0]] if group[0] in labels else None
+
+    def _group_losses(
+        self, model: Any, inputs: Mapping[str, Any], names: list[str], segment: Segment, window: Window
+    ) -> dict[str, Tensor]:
+        """Return the losses of some tasks on the same rows, and note them."""
+        rows = cut_rows({key: inputs.get(key) for key in _ROW_INPUTS}, segment)
+        own = Segment(0, segment.rows, segment.length)
+        with self.compute_loss_context_manager():
+            outputs = model(
+                **rows,
+                segments=dict.fromkeys(names, own),
+                labels={name: inputs["labels"][name] for name in names},
+                num_items={name: window.items[name] for name in names},
+            )
+        losses: dict[str, Tensor] = outputs["task_losses"]
+        self.progress.add_losses(losses)
+        self.guard.add(outputs["row_losses"])
+        self._note_losses(losses)
+        return losses
+
+    def _note_losses(self, losses: Mapping[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            known = self._window_losses.get(name)
+            self._window_losses[name] = loss.detach() if known is None else known + loss.detach()
+
+    def _idle_loss(self, model: Any, inputs: Mapping[str, Any], name: str) -> Tensor:
+        """Return a loss of 0 for a task without rows here, from one token: processes must run the same modules."""
+        token = Segment(0, 1, 1)
+        rows = cut_rows({key: inputs.get(key) for key in _ROW_INPUTS}, token)
+        with self.compute_loss_context_manager():
+            return 0.0 * model(**rows, segments={name: token})["logits"][name].float().sum()
+
+    def _add_up_losses(self, losses: Mapping[str, Tensor], window: Window) -> dict[str, float]:
+        """Return the mean loss of each task of a window over all processes; a collective call."""
+        zero = torch.zeros((), device=self.args.device)
+        total = torch.stack([losses.get(name, zero).float() for name in window.rows]).double()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return dict(zip(window.rows, total.tolist(), strict=True))
+
+    def _combine(self, model: nn.Module, window: Window) -> Tensor:
+        """Write the gradients of a window: combined ones on what is shared, plain ones on what is not.
+
+        Returns:
+            The window's loss, in the scale that `Trainer` reports (the mean over processes is taken of it).
+        """
+        assert self._gradients is not None
+        here, self._window_losses = self._window_losses, {}
+        losses = self._add_up_losses(here, window)
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        epoch = int(self.state.epoch or 0)
+        factors = self.balancer.combine(self._gradients, window, losses, self.state.global_step, epoch, scale)
+        self._weigh_task_parameters(self.accelerator.unwrap_model(model), factors)
+        total = sum(factors[name] * loss for name, loss in losses.items())
+        return torch.tensor(total, device=self.args.device)
+
+    def _weigh_task_parameters(self, model: Any, factors: Mapping[str, float]) -> None:
+        """Multiply the gradients of each task's own parameters with what its loss counts, and add up over processes."""
+        gradients: list[Tensor] = []
+        for name, factor in factors.items():
+            for parameter in model.task_parameters(name):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.mul_(factor)
+                gradients.append(parameter.grad)
+        if self.args.world_size == 1 or self.accelerator.distributed_type == DistributedType.FSDP or not gradients:
+            return
+        flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))

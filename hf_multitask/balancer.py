@@ -1,0 +1,218 @@
+"""The weights and coefficients of each optimizer step: what loss weighting and gradient combination decide together.
+
+Every task's loss L_t counts with `u_t = share_t · Task.weight_t · w_t`, w_t from the loss weighting. With a gradient
+combination the shared parameters then get `Σ_t c_t u_t g_t`, c_t from the Gramian of the weighted gradients; heads, and
+whatever else one task alone trains, get their plain gradient `u_t g_t`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .balancing.combination import make_combination
+from .balancing.combination_methods import check_values
+from .balancing.gramian import TaskGradients
+from .balancing.weighting import Observation, make_weighting
+from .models.task import Task
+from .training_args import MultiTaskTrainingArguments
+from .window import Window
+
+__all__ = ["TaskBalancer"]
+
+
+class TaskBalancer:
+    """Loss weights and gradient coefficients, step by step; the same on every process.
+
+    Args:
+        args: The training arguments.
+        tasks: The model's tasks.
+
+    Raises:
+        ValueError: A name or an argument of a method does not fit.
+    """
+
+    def __init__(self, args: MultiTaskTrainingArguments, tasks: Sequence[Task]) -> None:
+        self.tasks = list(tasks)
+        self.seed = args.seed
+        self._reduction = args.loss_reduction
+        self._every = args.combination_every
+        self._log_every = args.conflict_logging_steps
+        self.is_static = args.loss_weighting == "static"
+        self.weighting = make_weighting(args.loss_weighting, tasks, args.weighting_kwargs, args.seed)
+        kwargs = dict(args.combination_kwargs)
+        self._preference = _by_task(kwargs.get("preference"), tasks)
+        if self._preference is not None:
+            kwargs["preference"] = self._preference
+        self.combination = make_combination(args.gradient_combination, kwargs)
+        self.combines = args.gradient_combination != "sum"
+        self._accumulates = args.gradient_accumulation_steps > 1
+        self.memory = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+        self.coefficients = [1.0] * len(tasks)
+        self.weights = [1.0] * len(tasks)
+        self.cosines: Tensor | None = None  # of the last Gramian
+        self.fallbacks = 0
+
+    # ---- which way a step goes ----
+
+    def logs_conflicts(self, step: int) -> bool:
+        """Return whether the cosines of a step are wanted for the log."""
+        return bool(self._log_every) and (step + 1) % self._log_every == 0
+
+    def needs_task_gradients(self, step: int) -> bool:
+        """Return whether a step needs the gradient of each task by itself."""
+        return (
+            self.decides(step)
+            or self.weighting.needs_gradient_norms
+            or (not self.is_static and self._accumulates)
+            or self.logs_conflicts(step)
+        )
+
+    def decides(self, step: int) -> bool:
+        """Return whether a step takes coefficients of its own, rather than those of an earlier step."""
+        return self.combines and (step % self._every == 0 or self.combination.is_elementwise)
+
+    # ---- what it decides ----
+
+    def indices(self, window: Window) -> list[int]:
+        """Return the numbers of the tasks that a window holds."""
+        return [index for index, task in enumerate(self.tasks) if task.name in window.rows]
+
+    def weigh(
+        self, window: Window, losses: Mapping[str, float], step: int, epoch: int, norms: Tensor | None = None
+    ) -> dict[str, float]:
+        """Return what each task's loss counts, `u_t`, after asking the loss weighting.
+
+        Args:
+            window: The window.
+            losses: By task of the window, its mean loss over the window and all processes.
+            step: Number of the optimizer step.
+            epoch: Number of the epoch.
+            norms: `[T]`, norms of the gradients of the unweighted losses, for weightings that need them.
+        """
+        names = [task.name for task in self.tasks]
+        values = torch.tensor([losses.get(name, float("nan")) for name in names], dtype=torch.float64)
+        present = torch.tensor([name in window.rows for name in names])
+        self.weights = self.weighting.weights(Observation(values, present, step, epoch, norms)).tolist()
+        return self.factors(window)
+
+    def factors(self, window: Window) -> dict[str, float]:
+        """Return what each task's loss counts, with the weights as they are."""
+        shares = window.shares(self._reduction)
+        weights = {task.name: task.weight * w for task, w in zip(self.tasks, self.weights, strict=True)}
+        return {task: share * weights[task] for task, share in shares.items()}
+
+    def combine(
+        self, gradients: TaskGradients, window: Window, losses: Mapping[str, float], step: int, epoch: int, scale: float
+    ) -> dict[str, float]:
+        """Write the shared gradient of a step, and return what each task's loss counts; a collective call.
+
+        Args:
+            gradients: The tasks' gradients, of their unweighted losses.
+            window: The window.
+            losses: As in [`weigh`].
+            step: Number of the optimizer step.
+            epoch: Number of the epoch.
+            scale: What the losses were multiplied with before the backward pass (a loss scaler's number).
+        """
+        tasks = self.indices(window)
+        gradients.reduce(tasks)
+        wants_gramian = self.weighting.needs_gradient_norms or self.combines or self.logs_conflicts(step)
+        gramian = gradients.gramian(tasks) / scale**2 if wants_gramian else torch.eye(len(tasks), dtype=torch.float64)
+        finite = bool(gramian.isfinite().all())
+        norms = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
+        norms[tasks] = gramian.diagonal().clamp(min=0).sqrt()
+        if wants_gramian and finite:
+            lengths = norms[tasks].clamp(min=torch.finfo(torch.float64).tiny)
+            self.cosines = torch.full((len(self.tasks), len(self.tasks)), float("nan"), dtype=torch.float64)
+            index = torch.tensor(tasks)
+            self.cosines[index[:, None], index] = gramian / lengths[:, None] / lengths
+        factors = self.weigh(window, losses, step, epoch, norms if self.weighting.needs_gradient_norms else None)
+        weights = torch.tensor([factors[self.tasks[task].name] for task in tasks], dtype=torch.float64)
+        if self.decides(step) and self.combination.is_elementwise:
+            function = partial(self.combination.function, **self.combination.kwargs)
+            gradients.write_elementwise(tasks, weights, function, self._step_seed(step))
+            return factors
+        if self.decides(step) and finite:
+            self._decide(gramian * weights[:, None] * weights, tasks, step)
+        elif self.decides(step):
+            # A scaler found its limit: the step is going to be left out, whatever is written.
+            self.coefficients = [1.0] * len(self.tasks)
+        coefficients = torch.tensor([self.coefficients[task] for task in tasks], dtype=torch.float64)
+        gradients.write(tasks, coefficients * weights)
+        return factors
+
+    def _step_seed(self, step: int) -> int:
+        return zlib.crc32(f"{self.seed} {step}".encode())
+
+    def _decide(self, gramian: Tensor, tasks: list[int], step: int) -> None:
+        """Ask the method; tasks that are absent keep the coefficient 1."""
+        index = torch.tensor(tasks)
+        generator = torch.Generator().manual_seed(self._step_seed(step))
+        memory = self.memory[index[:, None], index]
+        combination = self.combination
+        if self._preference is not None:
+            preference = [self._preference[task] for task in tasks]
+            combination = replace(combination, kwargs={**combination.kwargs, "preference": preference})
+        found = combination.coefficients(gramian, generator=generator, memory=memory)
+        self.memory[index[:, None], index] = memory
+        self.coefficients = [1.0] * len(self.tasks)
+        for task, value in zip(tasks, found.tolist(), strict=True):
+            self.coefficients[task] = value
+
+    # ---- what it tells ----
+
+    def logs(self) -> dict[str, float]:
+        """Return `weight/<task>`, `coefficient/<task>` and `conflict/<a>|<b>`, as far as they say something."""
+        logs: dict[str, float] = {}
+        if not self.is_static:
+            logs |= {f"weight/{task.name}": w for task, w in zip(self.tasks, self.weights, strict=True)}
+        if self.combines and not self.combination.is_elementwise:
+            logs |= {f"coefficient/{task.name}": c for task, c in zip(self.tasks, self.coefficients, strict=True)}
+        if self._log_every and self.cosines is not None:
+            for i, one in enumerate(self.tasks):
+                for j in range(i):
+                    value = self.cosines[j, i].item()
+                    if value == value:
+                        logs[f"conflict/{self.tasks[j].name}|{one.name}"] = value
+        return logs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain JSON types."""
+        return {
+            "weighting": self.weighting.state_dict(),
+            "weights": self.weights,
+            "memory": self.memory.tolist(),
+            "coefficients": self.coefficients,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of the same tasks and methods."""
+        self.weighting.load_state_dict(state["weighting"])
+        self.weights = list(state["weights"])
+        self.memory = torch.tensor(state["memory"], dtype=torch.float64)
+        self.coefficients = list(state["coefficients"])
+
+
+def _by_task(preference: Any, tasks: Sequence[Task]) -> list[float] | None:
+    """Return preferences in the tasks' order; they come by name, or in that order."""
+    if preference is None:
+        return None
+    names = [task.name for task in tasks]
+    if isinstance(preference, Mapping):
+        if set(preference) != set(names):
+            raise ValueError(
+                f"gradient_combination_kwargs: preference must name every task, {', '.join(names)}; "
+                f"it names {', '.join(preference)}"
+            )
+        preference = [preference[name] for name in names]
+    if len(preference) != len(names):
+        raise ValueError(f"gradient_combination_kwargs: preference must have {len(names)} numbers, one per task")
+    check_values({"preference": list(preference)})
+    return list(preference)

@@ -1,0 +1,210 @@
+"""Per-task gradients on the shared parameters → one flat row per task → their Gramian and their combination.
+
+One buffer `[T, P]` holds the gradients of T tasks on P shared numbers, in float32. Gradients are moved into it task by
+task, over as many micro-batches as an optimizer step has. At its end the rows are added up over processes: each process
+gets an equal part of the columns (reduce-scatter), so that T rows cost half of what T all-reduces would. The parts give
+the Gramian (T² numbers are added up), and the combined gradient is put together from all parts (all-gather). All
+processes then hold the same Gramian, bit for bit.
+
+Under FSDP2 gradients come reduced and sharded already, and each process's shards are its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .elementwise import uniform_blocks
+
+__all__ = ["TaskGradients", "local"]
+
+_COLUMNS = 1 << 17  # of the buffer that are multiplied at once: what fits into a cache
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class TaskGradients:
+    """The gradients of T tasks on the shared parameters.
+
+    Args:
+        parameters: The shared parameters that are trained, in an order that is the same on every process.
+        num_tasks: T.
+        num_processes: Processes whose gradients are added up; 1 also where parameters are sharded.
+        process_index: Rank of this process.
+        sharded: Whether the parameters are sharded (FSDP2): gradients then are reduced, and each process holds a part.
+
+    Raises:
+        ValueError: There is no shared parameter to combine gradients on.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        num_tasks: int,
+        num_processes: int = 1,
+        process_index: int = 0,
+        sharded: bool = False,
+    ) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError(
+                "no shared parameter is trained, so there are no gradients to combine: unfreeze the backbone (or add "
+                "adapters to it), or leave out gradient_combination"
+            )
+        self._processes, self._rank, self._sharded = (1 if sharded else num_processes), process_index, sharded
+        shapes = [local(parameter).shape for parameter in self.parameters]
+        size = sum(shape.numel() for shape in shapes)
+        padded = -(-size // self._processes) * self._processes
+        device = local(self.parameters[0]).device
+        self._buffer = torch.zeros(num_tasks, padded, dtype=torch.float32, device=device)
+        self._views = [_cut(row, shapes) for row in self._buffer]
+        self._filled = [False] * num_tasks
+        self._part = slice(0, padded)
+        self._columns = self._buffer
+
+    def move(self, task: int) -> None:
+        """Add the shared parameters' `.grad` to a task's row, and set it to None.
+
+        Args:
+            task: Index of the task.
+        """
+        views, grads, empty = [], [], []
+        for parameter, view in zip(self.parameters, self._views[task], strict=True):
+            if parameter.grad is None:
+                empty.append(view)
+            else:
+                views.append(view)
+                grads.append(local(parameter.grad))
+            parameter.grad = None
+        if self._filled[task]:
+            if views:
+                torch._foreach_add_(views, [grad.float() for grad in grads])
+            return
+        if views:
+            torch._foreach_copy_(views, grads)
+        if empty:
+            torch._foreach_zero_(empty)
+        self._filled[task] = True
+
+    def reduce(self, tasks: Sequence[int]) -> None:
+        """Add up the rows of some tasks over processes, 0 for a task without gradients here; a collective call."""
+        for task in tasks:
+            if not self._filled[task]:
+                self._buffer[task].zero_()
+                self._filled[task] = True
+        if self._processes == 1:
+            return
+        width = self._buffer.shape[1] // self._processes
+        self._part = slice(self._rank * width, (self._rank + 1) * width)
+        part = torch.empty(width, dtype=torch.float32, device=self._buffer.device)
+        for task in tasks:
+            _reduce_scatter(part, self._buffer[task])
+            self._buffer[task, self._part] = part
+        self._columns = self._buffer[:, self._part]
+
+    def gramian(self, tasks: Sequence[int]) -> Tensor:
+        """Return G, `[T', T']` float64 on the CPU: inner products of the rows of T' tasks; a collective call."""
+        rows = self._columns if len(tasks) == len(self._buffer) else None
+        index = torch.tensor(list(tasks), device=self._buffer.device)
+        total = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device=self._buffer.device)
+        for start in range(0, self._columns.shape[1], _COLUMNS):
+            chunk = (self._columns if rows is None else rows)[:, start : start + _COLUMNS]
+            if rows is None:
+                chunk = chunk.index_select(0, index)
+            if chunk.device.type == "cuda":
+                chunk = chunk.double()  # TF32 would round the products
+            total += (chunk @ chunk.T).double()
+        if self._processes > 1 or (self._sharded and dist.is_initialized()):
+            dist.all_reduce(total)
+        total = total.cpu()
+        return (total + total.T) / 2
+
+    def write(self, tasks: Sequence[int], coefficients: Tensor) -> None:
+        """Set the shared parameters' `.grad` to `Σ_t c_t g_t`, and begin anew; a collective call.
+
+        Args:
+            tasks: Indices of the tasks.
+            coefficients: `[T']`, float64.
+        """
+        factors = torch.zeros(len(self._buffer), dtype=torch.float64)
+        factors[list(tasks)] = coefficients.double().cpu()
+        factors = factors.to(self._buffer.device, torch.float32)
+        for task in range(len(self._buffer)):
+            if not self._filled[task]:
+                self._buffer[task].zero_()  # what is left of another step must not come back as NaN times 0
+        combined = torch.empty(self._columns.shape[1], dtype=torch.float32, device=self._buffer.device)
+        for start in range(0, len(combined), _COLUMNS):
+            stop = start + _COLUMNS
+            torch.mv(self._columns[:, start:stop].T, factors, out=combined[start:stop])
+        self._write_flat(combined)
+
+    def write_elementwise(
+        self, tasks: Sequence[int], weights: Tensor, function: Callable[[Tensor, Tensor], Tensor], seed: int
+    ) -> None:
+        """Set the shared parameters' `.grad` to what a function makes of every number; a collective call.
+
+        Args:
+            tasks: Indices of the T' tasks.
+            weights: `[T']`, what the rows are multiplied with.
+            function: Weighted gradients `[T', n]` and uniform draws `[n]` → `[n]`.
+            seed: Seed of the draws; with replicated parameters they do not depend on the number of processes.
+        """
+        factors = weights.to(self._buffer.device, torch.float32)[:, None]
+        index = torch.tensor(list(tasks), device=self._buffer.device)
+        combined = torch.empty(self._columns.shape[1], dtype=torch.float32, device=self._buffer.device)
+        begin = self._part.start
+        seed += self._rank if self._sharded else 0
+        for start, stop, draws in uniform_blocks(begin, self._part.stop, seed, self._buffer.device):
+            rows = self._buffer[:, start:stop].index_select(0, index) * factors
+            combined[start - begin : stop - begin] = function(rows, draws)
+        self._write_flat(combined)
+
+    def clear(self) -> None:
+        """Forget the gradients of this step."""
+        self._filled = [False] * len(self._filled)
+        self._columns, self._part = self._buffer, slice(0, self._buffer.shape[1])
+
+    def _write_flat(self, combined: Tensor) -> None:
+        """Set the shared parameters' `.grad` to a flat gradient (this process's part of it), and begin anew."""
+        if self._processes > 1:
+            whole = torch.empty(self._buffer.shape[1], dtype=torch.float32, device=combined.device)
+            _all_gather(whole, combined)
+            combined = whole
+        start = 0
+        for parameter in self.parameters:
+            shard = local(parameter)
+            value = combined[start : start + shard.numel()].view(shard.shape).to(parameter.dtype)
+            start += shard.numel()
+            parameter.grad = _like(parameter, value)
+        self.clear()
+
+
+def _cut(row: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return views of a row in the shapes of the parameters."""
+    sizes = [shape.numel() for shape in shapes]
+    parts = row[: sum(sizes)].split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Return a local gradient as what the parameter is: sharded, if it is."""
+    if not hasattr(parameter, "to_local"):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = parameter.data
+    return DTensor.from_local(
+        value, sharded.device_mesh, sharded.placements, run_check=False, shape=sharded.shape, stride=sharded.stride()
+    )
+
+
+# The names changed with torch 2.13.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

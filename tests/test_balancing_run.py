@@ -1,0 +1,265 @@
+"""Training with loss weightings and gradient combinations: what equals what, and what goes on exactly as it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_multitask import HardSharingModel, Task
+from hf_multitask.balancer import TaskBalancer
+from hf_multitask.balancing.combination import COMBINATIONS
+from hf_multitask.balancing.elementwise import ELEMENTWISE
+from hf_multitask.balancing.weighting import WEIGHTINGS
+
+EVERY_COMBINATION = [*COMBINATIONS, *ELEMENTWISE]
+LAYOUTS = ((8, 1), (2, 4))
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def difference(one: dict, other: dict) -> float:
+    """Return the largest difference of any weight, relative to the largest of its tensor."""
+    return max(((a - other[n]).abs().max() / a.abs().max().clamp(min=1e-3)).item() for n, a in one.items())
+
+
+@pytest.fixture
+def run(model, make_trainer):
+    """A function that trains from the same start, without dropout, and returns the trainer and the weights."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = weights(model)
+
+    def train(resume=None, **options):
+        model.load_state_dict(before)
+        trainer = make_trainer(model, **{"optim": "sgd", "learning_rate": 0.05, "max_steps": 4, **options})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, weights(model)
+
+    return train
+
+
+def series(trainer, name: str) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in line.items() if key.startswith(name)}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
+
+
+@pytest.mark.parametrize("reduction", ["rows", "tasks"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_task_by_task_and_summed_it_is_the_plain_step(run, layout, reduction):
+    options = dict(
+        per_device_train_batch_size=layout[0], gradient_accumulation_steps=layout[1], loss_reduction=reduction
+    )
+    plain, expected = run(**options)
+    by_task, found = run(**options, conflict_logging_steps=1)
+    assert difference(expected, found) < 1e-6
+    for line, other in zip(plain.state.log_history, by_task.state.log_history, strict=True):
+        for key, value in line.items():
+            if not key.endswith(("runtime", "per_second")):
+                assert other[key] == pytest.approx(value, rel=1e-4), key
+
+
+@pytest.mark.parametrize("method", EVERY_COMBINATION)
+def test_combinations_are_the_same_for_every_layout(run, method):
+    ends = [
+        run(gradient_combination=method, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation)
+        for rows, accumulation in LAYOUTS
+    ]
+    assert difference(ends[0][1], ends[1][1]) < 1e-5
+    plain = run()[1]
+    if method not in ("sum", "dual_proj"):  # without conflict, projecting the sum leaves it as it is
+        assert difference(plain, ends[0][1]) > 1e-5
+
+
+@pytest.mark.parametrize("method", WEIGHTINGS)
+def test_weightings_are_the_same_for_every_layout(run, method):
+    ends = [
+        run(loss_weighting=method, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation)
+        for rows, accumulation in LAYOUTS
+    ]
+    assert difference(ends[0][1], ends[1][1]) < 1e-5
+    for one, other in zip(*(series(trainer, "weight/") for trainer, _ in ends), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+        assert bool(one) == (method != "static")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[dict(loss_weighting=method) for method in WEIGHTINGS],
+        *[dict(gradient_combination=method) for method in EVERY_COMBINATION],
+        dict(gradient_combination="gradvac", loss_weighting="famo", combination_every=3),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_resumed_equals_uninterrupted(run, tmp_path, options):
+    options = dict(options, save_strategy="steps", save_steps=1, max_steps=5, optim="adamw_torch", learning_rate=1e-3)
+    whole, expected = run(**options)
+    resumed, found = run(**options, resume=str(tmp_path / "out" / "checkpoint-2"))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    for name in ("weight/", "coefficient/"):
+        assert series(whole, name) == series(resumed, name)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "upgrad", "graddrop"])
+def test_heads_take_their_plain_gradient(run, method):
+    """After one step from the same start, only what is shared differs from the plain step."""
+    plain, combined = (
+        run(max_steps=1, max_grad_norm=0.0)[1],
+        run(max_steps=1, max_grad_norm=0.0, gradient_combination=method)[1],
+    )
+    for name, value in plain.items():
+        if name.startswith("heads"):
+            assert torch.allclose(value, combined[name], rtol=1e-5, atol=1e-8), name
+
+
+def test_coefficients_are_used_again_in_between(run):
+    """With a learning rate of 0 every step sees the same model; the coefficients still come from step 0 and 3 only."""
+    trainer, _ = run(gradient_combination="upgrad", combination_every=3, max_steps=6)
+    found = series(trainer, "coefficient/")
+    assert found[0] == found[1] == found[2] and found[3] == found[4] == found[5] != found[0]
+
+
+def test_a_step_with_old_coefficients_gives_the_same_as_one_with_new_ones(run, model):
+    """The coefficients of step 0 again in step 1: the heads' gradients plain, the shared ones scaled per task."""
+    decide = TaskBalancer._decide
+    kept: list[list[float]] = []
+
+    def first_only(self, gramian, tasks, step):
+        if not kept:
+            decide(self, gramian, tasks, step)
+            kept.append(list(self.coefficients))
+        self.coefficients = list(kept[0])
+
+    options = dict(gradient_combination="upgrad", max_steps=3)
+    every = run(**options, combination_every=3)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskBalancer, "_decide", first_only)
+        assert difference(every, run(**options)[1]) < 1e-5
+
+
+def test_conflicts_are_logged_and_cost_nothing_but_a_log_line(run):
+    trainer, found = run(gradient_combination="pcgrad", conflict_logging_steps=2)
+    lines = series(trainer, "conflict/")
+    assert all(-1.000001 <= value <= 1.000001 for line in lines for value in line.values())
+    assert set(lines[-1]) <= {f"conflict/{a}|{b}" for a in NAMES for b in NAMES} and lines[-1]
+    assert all(torch.equal(value, found[name]) for name, value in run(gradient_combination="pcgrad")[1].items())
+
+
+NAMES = ("tone", "strength", "traits", "names")
+
+
+class Favourite:
+    """A user's own weighting: one method."""
+
+    def weights(self, observation):
+        return torch.tensor([2.0, 0.5, 1.0, 1.0])
+
+
+def test_an_object_of_the_user_s_weighs(run, make_trainer, model, tasks):
+    trainer, found = run(loss_weighting=Favourite())
+    assert series(trainer, "weight/")[0] == {
+        "weight/tone": 2.0,
+        "weight/strength": 0.5,
+        "weight/traits": 1.0,
+        "weight/names": 1.0,
+    }
+    json.dumps(trainer.args.to_dict())
+    assert trainer.args.to_dict()["loss_weighting"] == "Favourite"
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [([1.0, float("nan"), 1.0, 1.0], "finite"), ([1.0, 1.0], "shape"), ([1.0, -1.0, 1.0, 1.0], "at least 0")],
+)
+def test_bad_weights_are_named(run, result, message):
+    class Bad:
+        def weights(self, observation):
+            return torch.tensor(result)
+
+    with pytest.raises(ValueError, match=message):
+        run(loss_weighting=Bad())
+
+
+def test_weights_multiply_what_task_weights_do(run, model, make_trainer, bert, tasks):
+    class Half:
+        def weights(self, observation):
+            return torch.tensor([0.5, 0.5, 0.5, 0.5])
+
+    by_weighting = run(loss_weighting=Half(), max_grad_norm=0.0)[1]
+    by_rate = run(learning_rate=0.025, max_grad_norm=0.0)[1]
+    assert difference(by_weighting, by_rate) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "sum"])
+def test_one_task_is_trained_as_plainly(bert, make_trainer, datasets, method):
+    task = [Task("names", "token_classification", labels=("O", "B-person", "B-place"))]
+    ends = []
+    for options in ({}, dict(gradient_combination=method, conflict_logging_steps=1)):
+        torch.manual_seed(0)
+        model = HardSharingModel.from_backbone(bert, task)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        make_trainer(model, {"names": datasets["names"]}, optim="sgd", learning_rate=0.05, **options).train()
+        ends.append(weights(model))
+    assert difference(*ends) < 1e-6
+
+
+def test_without_shared_parameters_there_is_nothing_to_combine(model, make_trainer):
+    model.backbone.requires_grad_(False)
+    with pytest.raises(ValueError, match="no shared parameter is trained"):
+        make_trainer(model, gradient_combination="pcgrad").train()
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+@pytest.mark.parametrize("method", ["nash_mtl", "cagrad"])
+def test_activation_checkpointing_makes_no_difference(run, model, method, composition):
+    options = dict(gradient_combination=method, batch_composition=composition, gradient_accumulation_steps=2)
+    plain = run(**options)[1]
+    assert difference(plain, run(**options, gradient_checkpointing=True)[1]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(gradient_combination="pcgrd"), "did you mean 'pcgrad'"),
+        (dict(loss_weighting="uncertianty"), "did you mean 'uncertainty'"),
+        (dict(gradient_combination="cagrad", gradient_combination_kwargs={"d": 1}), "takes no 'd'"),
+        (dict(gradient_combination="cagrad", gradient_combination_kwargs={"c": -1}), "c must be"),
+        (dict(loss_weighting="stch", loss_weighting_kwargs={"nu": 1}), "takes no 'nu'"),
+        (dict(combination_every=0), "combination_every"),
+        (dict(conflict_logging_steps=-1), "conflict_logging_steps"),
+        (
+            dict(gradient_combination="upgrad", gradient_combination_kwargs={"preference": {"tone": 1}}),
+            "name every task",
+        ),
+    ],
+)
+def test_bad_arguments_are_named_before_training(model, make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, **options)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_a_loss_that_is_not_finite_reaches_no_method(model, make_trainer, datasets, policy):
+    rows = datasets["reviews"].to_list()
+    rows[3]["strength"] = 1e30
+    broken = {**datasets, "reviews": Dataset.from_list(rows)}
+    options = dict(gradient_combination="cagrad", on_nonfinite_loss=policy, max_steps=16)
+    trainer = make_trainer(model, broken, **options)
+    if policy == "raise":
+        with pytest.raises(RuntimeError, match="row.s. 3 of dataset 'reviews'"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer.guard.skipped >= 1
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
