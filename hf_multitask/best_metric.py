@@ -22,7 +22,8 @@ def settle_best_metric(
 ) -> None:
     """Set which metric picks the best checkpoint, and its direction; `args` is the trainer's own copy.
 
-    It is the primary task's, else the one that was given, else `eval_average`.
+    It is the primary task's, else the one that was given, else `eval_average`. A learning rate that waits for a plateau
+    waits for one of this metric.
 
     Raises:
         ValueError: The primary task does not exist, is auxiliary, is not evaluated, or its metric has no known name;
@@ -43,12 +44,13 @@ def settle_best_metric(
         custom = tuple(f"eval_{task}_" for task in compute_metrics)
         if metric not in known and not (custom and metric.startswith(custom)):
             raise ValueError(f"metric_for_best_model {given!r} is in no evaluation{closest(metric, known)}")
+    scheduled = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     up = greater_is_better(metric)
     if metric == "eval_average":
         primaries = {t.name: primary_metric(t, t.name in compute_metrics) for t in tasks if not t.auxiliary}
         directions = {greater_is_better(name) for name in primaries.values()}
         if len(directions) > 1:
-            if given is None and not args.load_best_model_at_end and args.save_strategy != "best":
+            if given is None and not (args.load_best_model_at_end or args.save_strategy == "best" or scheduled):
                 return  # nobody asks
             raise ValueError(
                 f"eval_average cannot pick the best checkpoint: of {primaries} some are better when larger, others "
@@ -58,6 +60,10 @@ def settle_best_metric(
     args.metric_for_best_model = metric
     if not (args._metric_was_given and args._direction_was_given):
         args.greater_is_better = up
+    if scheduled:
+        mode = "max" if args.greater_is_better else "min"
+        given_kwargs = args.lr_scheduler_kwargs if isinstance(args.lr_scheduler_kwargs, dict) else {}
+        args.lr_scheduler_kwargs = {"mode": mode, **given_kwargs}
 
 
 def _primary_key(

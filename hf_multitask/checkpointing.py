@@ -238,6 +238,7 @@ class MultiTaskCheckpoints(MultiTaskBalancing):
                 name = STREAMS_NAME.format(self.args.process_index)
                 stored = Path(checkpoint, name).read_text(encoding="utf-8") if checkpoint and state is not None else ""
                 self.train_dataset.restart(json.loads(stored) if stored else None)
+            self._take_tasks_of_trial()
             self.progress.restart((state or {}).get("rows_seen", {}))
             self.guard = LossGuard()
             self.guard.skipped = (state or {}).get("skipped_steps", 0)
@@ -245,6 +246,16 @@ class MultiTaskCheckpoints(MultiTaskBalancing):
             if state is not None:
                 self.balancer.load_state_dict(state["balancing"])
         return super()._init_training_state(*args, **kwargs)
+
+    def _take_tasks_of_trial(self) -> None:
+        """Take over the tasks of a model that `model_init` made for a trial: their weights may be other ones."""
+        tasks = self.accelerator.unwrap_model(self.model).tasks
+        if [task.name for task in tasks] != [task.name for task in self.tasks]:
+            raise ValueError(
+                f"model_init made a model of the tasks {', '.join(task.name for task in tasks)}; "
+                f"the trainer was made for {', '.join(task.name for task in self.tasks)}"
+            )
+        self.tasks = tasks
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random state and ours, before `Trainer` closes the checkpoint with its own state."""

@@ -6,16 +6,16 @@ them, weighs losses over whole optimizer steps, and logs and evaluates each task
 
 from __future__ import annotations
 
-import inspect
-import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from operator import itemgetter
+from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
 from .best_metric import settle_best_metric
@@ -27,12 +27,13 @@ from .data.sampling import mixing_probabilities
 from .data.sources import make_sources
 from .data.streaming import StreamingMixture, is_stream
 from .evaluation import MultiTaskEvaluation, check_compute_metrics
-from .guard import BadLoss, LossGuard, NonFiniteLossError
-from .loading import make_loader, make_sampler, make_streams
+from .guard import LossGuard
+from .guarded_step import MultiTaskGuarding
+from .loading import make_loader, make_streams
 from .models.backbone import sharding_units
 from .models.base import MultiTaskModel
 from .models.task import Task
-from .training_args import MultiTaskTrainingArguments, settle_args
+from .training_args import MultiTaskSeq2SeqTrainingArguments, MultiTaskTrainingArguments, settle_args
 from .window import TaskProgress, Window, count_window
 
 __all__ = ["MultiTaskSeq2SeqTrainer", "MultiTaskTrainer", "MultiTaskTrainerMixin"]
@@ -43,7 +44,7 @@ logger = logging.get_logger(__name__)
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
+class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTaskGuarding):
     """What makes a `Trainer`, or a class derived from it, one for multi-task models.
 
     All arguments, callbacks and features of the trainer keep their meaning. Put it first:
@@ -77,6 +78,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
         TypeError: An argument is not of its type.
     """
 
+    default_args_class: ClassVar[type[MultiTaskTrainingArguments]] = MultiTaskTrainingArguments
+
     def __init__(
         self,
         model: Any = None,
@@ -92,11 +95,14 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
     ) -> None:
         probe = model
         if model is None and model_init is not None:
-            probe = model_init(*[None] * len(inspect.signature(model_init).parameters))
+            probe = model_init(*[None] * number_of_arguments(model_init))
         self.tasks: list[Task] = probe.tasks if isinstance(probe, MultiTaskModel) else []
         if self.tasks:
             if args is None:
-                args = MultiTaskTrainingArguments(output_dir="tmp_trainer")
+                args = self.default_args_class(output_dir="tmp_trainer")
+            if not isinstance(args, self.default_args_class):
+                wanted = self.default_args_class.__name__
+                raise TypeError(f"args must be {wanted} for a multi-task model, got {type(args).__name__}")
             args = settle_args(args, compute_loss_func, kwargs.get("optimizers", (None, None))[0])
             check_tokenizer(processing_class, probe)
             self._sources = make_sources(self.tasks, probe.shares_rows)
@@ -145,6 +151,46 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.transformer_cls_names_to_wrap is None:
                 plugin.transformer_cls_names_to_wrap = sharding_units(cast(PreTrainedModel, self.model))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator; compiling is done here, for the backbone alone.
+
+        What happens around the backbone follows the rows of each batch, and would be compiled anew for most of them.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.dynamo_plugin
+        self._compile_options: dict[str, Any] | None = None
+        if self.tasks and plugin.backend != DynamoBackend.NO:
+            self._compile_options = {**plugin.to_kwargs(), "dynamic": True}
+            plugin.backend = DynamoBackend.NO
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile the backbone, if it was asked for, and go on as `Trainer` does."""
+        if self.tasks and self._compile_options is not None:
+            self.accelerator.unwrap_model(self.model).backbone.compile(**self._compile_options)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Any = None,
+        compute_objective: Any = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Search as `Trainer` does; without `compute_objective`, for the best of the metric that picks checkpoints.
+
+        The sum of all metrics, `Trainer`'s own default, says nothing for several tasks. The direction then is the
+        metric's.
+        """
+        if self.tasks and compute_objective is None:
+            metric = str(self.args.metric_for_best_model)
+            if metric == "loss":
+                raise ValueError("hyperparameter_search needs compute_objective, or a primary_task: no metric decides")
+            compute_objective = itemgetter(metric)
+            direction = "maximize" if self.args.greater_is_better else "minimize"
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, *args, **kwargs)
 
     # ---- arguments and datasets ----
 
@@ -263,40 +309,6 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints):
             logs |= self.balancer.logs()
         super().log(logs, start_time)
 
-    def _stop_or_skip(self, model: nn.Module, bad: list[BadLoss]) -> None:
-        """Deal with a window in which some loss is not finite: raise, or take its gradients away."""
-        step = self.state.global_step
-        lines = [f"task {b.task!r}: {self._describe_rows(b)}" for b in bad] or ["on another process"]
-        message = f"a loss of step {step} is NaN or infinite:\n  " + "\n  ".join(lines)
-        if self.args.on_nonfinite_loss == "raise":
-            raise NonFiniteLossError(
-                f"{message}\nNothing was changed by this step; checkpoints written before it are good. "
-                "Mend the rows or the learning rate, or set on_nonfinite_loss='skip'."
-            )
-        self.guard.skipped += 1
-        logger.warning(f"{message}\nThe step is skipped ({self.guard.skipped} so far).")
-        if self.accelerator.scaler is None:  # the scaler skips steps with such gradients by itself
-            for parameter in model.parameters():
-                parameter.grad = None
-        if self._gradients is not None:
-            self._gradients.clear()
-        self._window_losses = {}
-
-    def _describe_rows(self, bad: BadLoss) -> str:
-        """Return which rows of its dataset a bad loss came from; the order of the rows can be looked up again."""
-        source = next(s for s in self._sources if any(task.name == bad.task for task in s.tasks))
-        if isinstance(self.train_dataset, StreamingMixture):
-            number = self.state.global_step * self.args.gradient_accumulation_steps + bad.micro_batch + 1
-            own = self.train_dataset.places(number, source.name)
-            return f"row(s) {', '.join(own[place] for place in bad.places)} of dataset {source.dataset!r}"
-        sampler = make_sampler(self.args, self.train_dataset, self._train_batch_size)
-        accumulation = self.args.gradient_accumulation_steps
-        epoch, window = divmod(self.state.global_step, len(sampler) // accumulation)
-        sampler.set_epoch(epoch)
-        batch = next(itertools.islice(sampler, window * accumulation + bad.micro_batch, None))
-        own = [str(row) for name, row in map(self.train_dataset.locate, batch) if name == source.name]
-        return f"row(s) {', '.join(own[place] for place in bad.places)} of dataset {source.dataset!r}"
-
     # ---- optimizer ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -327,3 +339,5 @@ class MultiTaskTrainer(MultiTaskTrainerMixin, Trainer):
 
 class MultiTaskSeq2SeqTrainer(MultiTaskTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` for one model and many tasks, with [`MultiTaskSeq2SeqTrainingArguments`]."""
+
+    default_args_class = MultiTaskSeq2SeqTrainingArguments

@@ -212,11 +212,8 @@ def settle_args(args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskT
         optimizer: The optimizer that the trainer was given, or None.
 
     Raises:
-        TypeError: They are not [`MultiTaskTrainingArguments`].
         ValueError: One does not go with a multi-task model, or the output folder cannot be written.
     """
-    if not isinstance(args, MultiTaskTrainingArguments):
-        raise TypeError(f"args must be MultiTaskTrainingArguments for a multi-task model, got {type(args).__name__}")
     refused = {
         "compute_loss_func": (compute_loss_func, "the heads compute the losses; Task(weight=...) weighs them"),
         "label_smoothing_factor": (args.label_smoothing_factor, "set Task(label_smoothing=...) per task"),

@@ -1,5 +1,6 @@
 """One run on one or several processes; `test_distributed.py` starts it. Rank 0 saves weights, metrics and logs."""
 
+import json
 import os
 import sys
 import tempfile
@@ -28,7 +29,9 @@ def shard_on_the_cpu() -> None:
         state |= {"num_processes": int(os.environ["WORLD_SIZE"]), "process_index": rank, "local_process_index": rank}
 
 
-def main(out: str, composition: str, reduction: str, sampling: str = "weighted", resume: str = "") -> None:
+def main(
+    out: str, composition: str, reduction: str, sampling: str = "weighted", resume: str = "", extra: str = "{}"
+) -> None:
     torch.manual_seed(0)
     model = HardSharingModel.from_backbone(BACKBONES["bert"](), make_tasks())
     for module in model.modules():
@@ -56,6 +59,7 @@ def main(out: str, composition: str, reduction: str, sampling: str = "weighted",
         task_sampling="temperature" if sampling == "streams" else sampling,
         # `traits` has no rows at all, `names` none in some micro-batches of some processes
         task_sampling_kwargs={"weights": {"reviews": 6, "traits": 0, "names": 1}} if sampling == "weighted" else None,
+        **json.loads(extra),
     )
     shard_on_the_cpu()
     datasets = make_datasets(rows=44)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -116,6 +117,35 @@ def test_fully_sharded_equals_one_process(tmp_path, alone, options):
     sharded = accelerate(tmp_path, "fsdp2", *options)
     assert sharded["distributed_type"] == "FSDP" and sharded["shards"] == len(sharded["weights"])
     check_equal(alone(*options), sharded)
+
+
+BALANCED = [
+    dict(gradient_combination="upgrad", loss_weighting="uncertainty"),
+    dict(gradient_combination="graddrop", combination_every=2, conflict_logging_steps=2),
+    dict(gradient_combination="cagrad", combination_every=2, conflict_logging_steps=1),
+    dict(loss_weighting="db_mtl"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "sharded"),
+    [(BALANCED[0], False), (BALANCED[0], True), (BALANCED[2], False)]
+    + [
+        pytest.param(options, sharded, marks=pytest.mark.slow)
+        for options, sharded in [(BALANCED[1], False), (BALANCED[2], True), (BALANCED[3], False), (BALANCED[3], True)]
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_balanced_on_two_processes_equals_one(tmp_path, alone, options, sharded):
+    arguments = ("mixed", "rows", "weighted", "", json.dumps(options))
+    two = accelerate(tmp_path, "fsdp2", *arguments) if sharded else launch(tmp_path, 2, *arguments)
+    one = alone(*arguments)
+    check_equal(one, two)
+    for line, other in zip(one["logs"], two["logs"], strict=True):
+        decided = [key for key in line if key.startswith(("coefficient/", "weight/", "conflict/"))]
+        assert decided
+        for key in decided:
+            assert other[key] == pytest.approx(line[key], rel=1e-5, abs=1e-5), key
 
 
 @pytest.mark.parametrize("stage", [2, 3])

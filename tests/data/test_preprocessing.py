@@ -372,7 +372,6 @@ def test_bad_rows_are_named_with_dataset_and_split(run, case):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda rows: rows.to_iterable_dataset(), r"is a streaming IterableDataset"),
         (lambda rows: DatasetDict(train=rows), r"must be a datasets.Dataset, got DatasetDict"),
         (lambda rows: rows.to_list(), r"must be a datasets.Dataset, got list"),
         (lambda rows: rows.to_pandas(), r"must be a datasets.Dataset, got DataFrame"),
