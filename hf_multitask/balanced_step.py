@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import Trainer
 
 from .balancer import TaskBalancer
 from .balancing.gramian import TaskGradients
+from .balancing.sketch import TaskSketches
 from .guard import LossGuard
 from .models.passes import Segment, cut_rows
 from .models.task import Task
@@ -35,7 +37,9 @@ class MultiTaskBalancing(Trainer):
     def _begin_balancing(self, args: MultiTaskTrainingArguments) -> None:
         """Begin a run: no weights learned, no gradients kept."""
         self.balancer = TaskBalancer(args, self.tasks)
-        self._gradients: TaskGradients | None = None
+        self._gradients: TaskGradients | TaskSketches | None = None
+        self._window_inputs: list[dict[str, Any]] = []
+        self._decided: dict[str, float] | None = None
         self._window_losses: dict[str, Tensor] = {}
 
     def _check_balancing(self) -> None:
@@ -72,8 +76,9 @@ class MultiTaskBalancing(Trainer):
         # Gradients are added up over processes here, once per window; DDP must not do it in every backward pass.
         inner: Any = self.accelerator.unwrap_model(model)
         if self._gradients is None:
+            kind = TaskSketches if self.balancer.sketches else TaskGradients
             world, rank = self.args.world_size, self.args.process_index
-            self._gradients = TaskGradients(inner.shared_parameters(), len(self.tasks), world, rank, sharded)
+            self._gradients = kind(inner.shared_parameters(), len(self.tasks), world, rank, sharded)
         numbers = {task.name: number for number, task in enumerate(self.tasks)}
         for names, segment in self._groups(inputs["segments"], inputs["labels"], window, sharded):
             if segment is None:
@@ -85,6 +90,11 @@ class MultiTaskBalancing(Trainer):
                 loss = losses[name] * (self.args.world_size if sharded else 1)
                 self.accelerator.backward(loss, retain_graph=place + 1 < len(names))
                 self._gradients.move(numbers[name])
+                if self.balancer.sketches:
+                    for parameter in inner.task_parameters(name):
+                        parameter.grad = None  # it comes with the second pass
+        if self.balancer.sketches:
+            self._window_inputs.append(inputs)
         return torch.zeros((), device=self.args.device)
 
     def _groups(
@@ -157,9 +167,24 @@ class MultiTaskBalancing(Trainer):
         scale = 1.0 if scaler is None else scaler.get_scale()
         epoch = int(self.state.epoch or 0)
         factors = self.balancer.combine(self._gradients, window, losses, self.state.global_step, epoch, scale)
-        self._weigh_task_parameters(self.accelerator.unwrap_model(model), factors)
+        if self.balancer.sketches:
+            self._second_pass(model, factors, window)
+        else:
+            self._weigh_task_parameters(self.accelerator.unwrap_model(model), factors)
         total = sum(factors[name] * loss for name, loss in losses.items())
         return torch.tensor(total, device=self.args.device)
+
+    def _second_pass(self, model: nn.Module, factors: dict[str, float], window: Any) -> None:
+        """Run a window again as a whole, with the weights and coefficients that were decided from its sketches."""
+        batches, self._window_inputs = self._window_inputs, []
+        self._decided = factors
+        try:
+            for number, inputs in enumerate(batches):
+                last = number + 1 == len(batches)
+                with nullcontext() if last else self.accelerator.no_sync(model):
+                    super().training_step(model, inputs, window)
+        finally:
+            self._decided = None
 
     def _weigh_task_parameters(self, model: Any, factors: Mapping[str, float]) -> None:
         """Multiply the gradients of each task's own parameters with what its loss counts, and add up over processes."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from .balancing.combination import make_combination
 from .balancing.combination_methods import check_values
 from .balancing.gramian import TaskGradients
+from .balancing.sketch import TaskSketches
 from .balancing.weighting import Observation, make_weighting
 from .models.task import Task
 from .training_args import MultiTaskTrainingArguments
@@ -53,6 +54,7 @@ class TaskBalancer:
         self.combination = make_combination(args.gradient_combination, kwargs)
         self.combines = args.gradient_combination != "sum"
         self._accumulates = args.gradient_accumulation_steps > 1
+        self.sketches = args.gradient_memory == "sketch"
         self.memory = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
         self.coefficients = [1.0] * len(tasks)
         self.weights = [1.0] * len(tasks)
@@ -109,9 +111,17 @@ class TaskBalancer:
         return {task: share * weights[task] for task, share in shares.items()}
 
     def combine(
-        self, gradients: TaskGradients, window: Window, losses: Mapping[str, float], step: int, epoch: int, scale: float
+        self,
+        gradients: TaskGradients | TaskSketches,
+        window: Window,
+        losses: Mapping[str, float],
+        step: int,
+        epoch: int,
+        scale: float,
     ) -> dict[str, float]:
         """Write the shared gradient of a step, and return what each task's loss counts; a collective call.
+
+        From sketches nothing can be written; `coefficients` then are there for a second pass.
 
         Args:
             gradients: The tasks' gradients, of their unweighted losses.
@@ -135,7 +145,7 @@ class TaskBalancer:
             self.cosines[index[:, None], index] = gramian / lengths[:, None] / lengths
         factors = self.weigh(window, losses, step, epoch, norms if self.weighting.needs_gradient_norms else None)
         weights = torch.tensor([factors[self.tasks[task].name] for task in tasks], dtype=torch.float64)
-        if self.decides(step) and self.combination.is_elementwise:
+        if isinstance(gradients, TaskGradients) and self.decides(step) and self.combination.is_elementwise:
             function = partial(self.combination.function, **self.combination.kwargs)
             gradients.write_elementwise(tasks, weights, function, self._step_seed(step))
             return factors
@@ -145,7 +155,10 @@ class TaskBalancer:
             # A scaler found its limit: the step is going to be left out, whatever is written.
             self.coefficients = [1.0] * len(self.tasks)
         coefficients = torch.tensor([self.coefficients[task] for task in tasks], dtype=torch.float64)
-        gradients.write(tasks, coefficients * weights)
+        if isinstance(gradients, TaskSketches):
+            gradients.clear()
+        else:
+            gradients.write(tasks, coefficients * weights)
         return factors
 
     def _step_seed(self, step: int) -> int:

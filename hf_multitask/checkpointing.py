@@ -80,6 +80,7 @@ def describe_run(
         "gradient_combination": _name(args.gradient_combination),
         "gradient_combination_kwargs": args.combination_kwargs,
         "combination_every": args.combination_every,
+        "gradient_memory": args.gradient_memory,
     }
     if args.task_sampling in _NEED_LENGTH:
         run["steps of the whole training"] = steps

@@ -283,15 +283,16 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         scales = dict(zip([task.name for task in self.tasks], balancer.coefficients, strict=True))
         outputs = model(
             **{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}},
-            loss_weights=balancer.factors(window),
+            loss_weights=balancer.factors(window) if self._decided is None else self._decided,
             gradient_scales=scales if balancer.combines else None,
             single_pass=self.accelerator.distributed_type in _SHARDED,
             run_every_head=self.args.world_size > 1,
         )
         loss, losses = outputs["loss"], outputs["task_losses"]
-        self.progress.add_losses(losses)
-        self.guard.add(outputs["row_losses"])
-        if not balancer.is_static:
+        if self._decided is None:
+            self.progress.add_losses(losses)
+            self.guard.add(outputs["row_losses"])
+        if not balancer.is_static and self._decided is None:
             # This is the whole window, or the gradients of tasks would be wanted: the weights are of these losses.
             total = self._add_up_losses({task: value.detach() for task, value in losses.items()}, window)
             factors = balancer.weigh(window, total, self.state.global_step, int(self.state.epoch or 0))

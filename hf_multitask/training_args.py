@@ -12,6 +12,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .balancing.combination import check_combination
+from .balancing.elementwise import ELEMENTWISE
 from .balancing.weighting import check_weighting
 from .data.sampling import check_mixing
 from .models.task import closest
@@ -21,6 +22,7 @@ __all__ = ["MultiTaskSeq2SeqTrainingArguments", "MultiTaskTrainingArguments", "s
 _COMPOSITIONS = ("mixed", "single_task")
 _REDUCTIONS = ("rows", "tasks")
 _NONFINITE = ("raise", "skip")
+_MEMORIES = ("buffer", "sketch")
 _DICTIONARIES = ["task_sampling_kwargs", "dataset_sizes", "loss_weighting_kwargs", "gradient_combination_kwargs"]
 
 
@@ -61,6 +63,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
       gradient per task.
     - `combination_every`: optimizer steps between two decisions; in between the coefficients are used again, at the
       price of a plain step.
+    - `gradient_memory`: `buffer` keeps the gradients of all tasks, T + 1 times the shared parameters in float32;
+      `sketch` keeps small sketches of them and runs every step a second time, with the coefficients that the sketches
+      gave: twice the time, and the memory of a plain step (see [`hf_multitask.balancing.sketch`] for the error).
     - `conflict_logging_steps`: log the cosines between the tasks' gradients, `conflict/<a>|<b>`, every so many steps;
       0 for never. With a gradient combination they cost nothing.
 
@@ -106,6 +111,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Arguments of the gradient combination, as JSON."}
     )
     combination_every: int = field(default=1, metadata={"help": "Steps between two decisions of the combination."})
+    gradient_memory: str = field(
+        default="buffer", metadata={"help": "Keep the tasks' gradients in a 'buffer', or a 'sketch' of them."}
+    )
     conflict_logging_steps: int = field(
         default=0, metadata={"help": "Log the cosines between the tasks' gradients every so many steps; 0: never."}
     )
@@ -137,6 +145,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
             ("batch_composition", _COMPOSITIONS),
             ("loss_reduction", _REDUCTIONS),
             ("on_nonfinite_loss", _NONFINITE),
+            ("gradient_memory", _MEMORIES),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -146,6 +155,15 @@ class MultiTaskTrainingArguments(TrainingArguments):
             check_weighting(self.loss_weighting, self.weighting_kwargs)
         kwargs = {key: value for key, value in self.combination_kwargs.items() if not isinstance(value, dict)}
         check_combination(self.gradient_combination, kwargs)
+        if (
+            self.gradient_memory == "sketch"
+            and isinstance(self.gradient_combination, str)
+            and (self.gradient_combination in ELEMENTWISE)
+        ):
+            raise ValueError(
+                f"gradient_memory='sketch' does not go with {self.gradient_combination!r}, which needs the gradients "
+                "themselves; use 'buffer'"
+            )
         for name, least in (("combination_every", 1), ("conflict_logging_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

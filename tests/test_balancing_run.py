@@ -109,16 +109,41 @@ def test_resumed_equals_uninterrupted(run, tmp_path, options):
         assert series(whole, name) == series(resumed, name)
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "upgrad", "graddrop"])
-def test_heads_take_their_plain_gradient(run, method):
+@pytest.mark.parametrize("method", ["pcgrad", "upgrad"])
+@pytest.mark.parametrize("memory", ["buffer", "sketch"])
+def test_heads_take_their_plain_gradient(run, method, memory):
     """After one step from the same start, only what is shared differs from the plain step."""
     plain, combined = (
         run(max_steps=1, max_grad_norm=0.0)[1],
-        run(max_steps=1, max_grad_norm=0.0, gradient_combination=method)[1],
+        run(max_steps=1, max_grad_norm=0.0, gradient_combination=method, gradient_memory=memory)[1],
     )
     for name, value in plain.items():
         if name.startswith("heads"):
             assert torch.allclose(value, combined[name], rtol=1e-5, atol=1e-8), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(gradient_combination="upgrad"),
+        dict(loss_weighting="gls"),
+        dict(gradient_combination="cagrad", loss_weighting="gradnorm"),
+    ],
+    ids=str,
+)
+def test_sketches_give_nearly_what_the_buffer_gives(run, options, layout):
+    """A model this small has fewer numbers than a sketch, which makes the sketch nearly exact."""
+    options |= dict(per_device_train_batch_size=layout[0], gradient_accumulation_steps=layout[1])
+    exact, expected = run(**options)
+    sketched, found = run(**options, gradient_memory="sketch")
+    for name in ("coefficient/", "weight/"):
+        for line, other in zip(series(exact, name), series(sketched, name), strict=True):
+            assert other == pytest.approx(line, rel=0.05)
+    assert difference(expected, found) < 2e-2
+    assert [line["loss"] for line in exact.state.log_history if "loss" in line] == pytest.approx(
+        [line["loss"] for line in sketched.state.log_history if "loss" in line], rel=1e-2
+    )
 
 
 def test_coefficients_are_used_again_in_between(run):
@@ -237,6 +262,8 @@ def test_activation_checkpointing_makes_no_difference(run, model, method, compos
         (dict(gradient_combination="cagrad", gradient_combination_kwargs={"c": -1}), "c must be"),
         (dict(loss_weighting="stch", loss_weighting_kwargs={"nu": 1}), "takes no 'nu'"),
         (dict(combination_every=0), "combination_every"),
+        (dict(gradient_memory="sketches"), "did you mean 'sketch'"),
+        (dict(gradient_memory="sketch", gradient_combination="graddrop"), "needs the gradients themselves"),
         (dict(conflict_logging_steps=-1), "conflict_logging_steps"),
         (
             dict(gradient_combination="upgrad", gradient_combination_kwargs={"preference": {"tone": 1}}),

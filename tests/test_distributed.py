@@ -124,6 +124,7 @@ BALANCED = [
     dict(gradient_combination="graddrop", combination_every=2, conflict_logging_steps=2),
     dict(gradient_combination="cagrad", combination_every=2, conflict_logging_steps=1),
     dict(loss_weighting="db_mtl"),
+    dict(gradient_combination="upgrad", gradient_memory="sketch"),
 ]
 
 
@@ -132,7 +133,13 @@ BALANCED = [
     [(BALANCED[0], False), (BALANCED[0], True), (BALANCED[2], False)]
     + [
         pytest.param(options, sharded, marks=pytest.mark.slow)
-        for options, sharded in [(BALANCED[1], False), (BALANCED[2], True), (BALANCED[3], False), (BALANCED[3], True)]
+        for options, sharded in [
+            (BALANCED[1], False),
+            (BALANCED[2], True),
+            (BALANCED[3], False),
+            (BALANCED[3], True),
+            (BALANCED[4], False),
+        ]
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )

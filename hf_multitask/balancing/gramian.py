@@ -68,6 +68,7 @@ class TaskGradients:
         self._filled = [False] * num_tasks
         self._part = slice(0, padded)
         self._columns = self._buffer
+        self._combined: Tensor | None = None
 
     def move(self, task: int) -> None:
         """Add the shared parameters' `.grad` to a task's row, and set it to None.
@@ -139,11 +140,17 @@ class TaskGradients:
         for task in range(len(self._buffer)):
             if not self._filled[task]:
                 self._buffer[task].zero_()  # what is left of another step must not come back as NaN times 0
-        combined = torch.empty(self._columns.shape[1], dtype=torch.float32, device=self._buffer.device)
+        combined = self._make_room()
         for start in range(0, len(combined), _COLUMNS):
             stop = start + _COLUMNS
             torch.mv(self._columns[:, start:stop].T, factors, out=combined[start:stop])
         self._write_flat(combined)
+
+    def _make_room(self) -> Tensor:
+        """Return where this process's part of the combined gradient goes: memory that is kept, new pages cost time."""
+        if self._combined is None:
+            self._combined = torch.empty(self._buffer.shape[1], dtype=torch.float32, device=self._buffer.device)
+        return self._combined[: self._columns.shape[1]]
 
     def write_elementwise(
         self, tasks: Sequence[int], weights: Tensor, function: Callable[[Tensor, Tensor], Tensor], seed: int
@@ -158,7 +165,7 @@ class TaskGradients:
         """
         factors = weights.to(self._buffer.device, torch.float32)[:, None]
         index = torch.tensor(list(tasks), device=self._buffer.device)
-        combined = torch.empty(self._columns.shape[1], dtype=torch.float32, device=self._buffer.device)
+        combined = self._make_room()
         begin = self._part.start
         seed += self._rank if self._sharded else 0
         for start, stop, draws in uniform_blocks(begin, self._part.stop, seed, self._buffer.device):
