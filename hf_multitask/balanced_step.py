@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,8 +78,29 @@ class MultiTaskBalancing(Trainer):
         if self._gradients is None:
             kind = TaskSketches if self.balancer.sketches else TaskGradients
             world, rank = self.args.world_size, self.args.process_index
-            self._gradients = kind(inner.shared_parameters(), len(self.tasks), world, rank, sharded)
+            options: dict[str, Any] = {} if self.balancer.sketches else {"tables": self._tables(inner)}
+            self._gradients = kind(inner.shared_parameters(), len(self.tasks), world, rank, sharded, **options)
         numbers = {task.name: number for number, task in enumerate(self.tasks)}
+        embeddings = inner.get_input_embeddings() if self._tables(inner) and not self.balancer.sketches else None
+        with _sparse(embeddings):
+            self._run_tasks(inner, inputs, window, numbers, sharded)
+        if self.balancer.sketches:
+            self._window_inputs.append(inputs)
+        return torch.zeros((), device=self.args.device)
+
+    def _tables(self, model: Any) -> list[Any]:
+        """Return the embedding table, where its gradient can come as sparse rows and nobody else adds to it."""
+        embeddings = model.get_input_embeddings()
+        if self.args.world_size > 1 or self.args.torch_compile or type(embeddings) is not nn.Embedding:
+            return []
+        if embeddings.max_norm is not None or embeddings.scale_grad_by_freq:
+            return []
+        return [parameter for parameter in model.shared_parameters() if parameter is embeddings.weight]
+
+    def _run_tasks(
+        self, inner: Any, inputs: dict[str, Any], window: Window, numbers: Mapping[str, int], sharded: bool
+    ) -> None:
+        assert self._gradients is not None
         for names, segment in self._groups(inputs["segments"], inputs["labels"], window, sharded):
             if segment is None:
                 losses = {names[0]: self._idle_loss(inner, inputs, names[0])}
@@ -93,9 +114,6 @@ class MultiTaskBalancing(Trainer):
                 if self.balancer.sketches:
                     for parameter in inner.task_parameters(name):
                         parameter.grad = None  # it comes with the second pass
-        if self.balancer.sketches:
-            self._window_inputs.append(inputs)
-        return torch.zeros((), device=self.args.device)
 
     def _groups(
         self, segments: Mapping[str, Segment], labels: Mapping[str, Tensor], window: Window, sharded: bool
@@ -202,3 +220,16 @@ class MultiTaskBalancing(Trainer):
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def _sparse(embeddings: nn.Embedding | None) -> Iterator[None]:
+    """Let the gradient of an embedding table come as the rows that were looked up."""
+    if embeddings is None:
+        yield
+        return
+    kept, embeddings.sparse = embeddings.sparse, True
+    try:
+        yield
+    finally:
+        embeddings.sparse = kept

@@ -2,19 +2,23 @@
 
 Every task's loss L_t counts with `u_t = share_t · Task.weight_t · w_t`, w_t from the loss weighting. With a gradient
 combination the shared parameters then get `Σ_t c_t u_t g_t`, c_t from the Gramian of the weighted gradients; heads, and
-whatever else one task alone trains, get their plain gradient `u_t g_t`.
+whatever else one task alone trains, get their plain gradient `u_t g_t`. Where a method finds no solution the step takes
+the plain sum, which is counted and logged (`combination_fallbacks`).
 """
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .balancing.combination import make_combination
 from .balancing.combination_methods import check_values
@@ -26,6 +30,8 @@ from .training_args import MultiTaskTrainingArguments
 from .window import Window
 
 __all__ = ["TaskBalancer"]
+
+logger = logging.get_logger(__name__)
 
 
 class TaskBalancer:
@@ -47,6 +53,11 @@ class TaskBalancer:
         self._log_every = args.conflict_logging_steps
         self.is_static = args.loss_weighting == "static"
         self.weighting = make_weighting(args.loss_weighting, tasks, args.weighting_kwargs, args.seed)
+        try:
+            json.dumps(self.weighting.state_dict())
+        except TypeError as error:
+            name = type(args.loss_weighting).__name__
+            raise ValueError(f"loss_weighting {name}: its state_dict goes into checkpoints as JSON ({error})") from None
         kwargs = dict(args.combination_kwargs)
         self._preference = _by_task(kwargs.get("preference"), tasks)
         if self._preference is not None:
@@ -165,7 +176,7 @@ class TaskBalancer:
         return zlib.crc32(f"{self.seed} {step}".encode())
 
     def _decide(self, gramian: Tensor, tasks: list[int], step: int) -> None:
-        """Ask the method; tasks that are absent keep the coefficient 1."""
+        """Ask the method; tasks that are absent have the coefficient 1, and all have it if there is no solution."""
         index = torch.tensor(tasks)
         generator = torch.Generator().manual_seed(self._step_seed(step))
         memory = self.memory[index[:, None], index]
@@ -173,9 +184,17 @@ class TaskBalancer:
         if self._preference is not None:
             preference = [self._preference[task] for task in tasks]
             combination = replace(combination, kwargs={**combination.kwargs, "preference": preference})
-        found = combination.coefficients(gramian, generator=generator, memory=memory)
-        self.memory[index[:, None], index] = memory
         self.coefficients = [1.0] * len(self.tasks)
+        try:
+            found = combination.coefficients(gramian, generator=generator, memory=memory)
+        except (RuntimeError, np.linalg.LinAlgError) as error:
+            self.fallbacks += 1
+            logger.warning(
+                f"gradient_combination {combination.name!r} found no solution in step {step} ({error}); "
+                f"this step takes the plain sum ({self.fallbacks} so far)"
+            )
+            return
+        self.memory[index[:, None], index] = memory
         for task, value in zip(tasks, found.tolist(), strict=True):
             self.coefficients[task] = value
 
@@ -188,6 +207,8 @@ class TaskBalancer:
             logs |= {f"weight/{task.name}": w for task, w in zip(self.tasks, self.weights, strict=True)}
         if self.combines and not self.combination.is_elementwise:
             logs |= {f"coefficient/{task.name}": c for task, c in zip(self.tasks, self.coefficients, strict=True)}
+        if self.fallbacks:
+            logs["combination_fallbacks"] = self.fallbacks
         if self._log_every and self.cosines is not None:
             for i, one in enumerate(self.tasks):
                 for j in range(i):
@@ -203,6 +224,7 @@ class TaskBalancer:
             "weights": self.weights,
             "memory": self.memory.tolist(),
             "coefficients": self.coefficients,
+            "fallbacks": self.fallbacks,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -211,6 +233,7 @@ class TaskBalancer:
         self.weights = list(state["weights"])
         self.memory = torch.tensor(state["memory"], dtype=torch.float64)
         self.coefficients = list(state["coefficients"])
+        self.fallbacks = int(state["fallbacks"])
 
 
 def _by_task(preference: Any, tasks: Sequence[Task]) -> list[float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
@@ -37,12 +38,14 @@ class MultiTaskGuarding(MultiTaskBalancing):
             )
         self.guard.skipped += 1
         logger.warning(f"{message}\nThe step is skipped ({self.guard.skipped} so far).")
-        for parameter in model.parameters():
-            if self.accelerator.scaler is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.accelerator.scaler is None:
+            for parameter in trained:
                 parameter.grad = None
-            elif parameter.grad is not None:
-                # The scaler wants gradients, and skips a step with such ones; an infinite loss may have finite ones.
-                parameter.grad.fill_(float("inf"))
+        else:
+            # The scaler wants gradients, and skips a step with such ones; an infinite loss may have finite ones.
+            for parameter in [p for p in trained if p.grad is not None] or trained[:1]:
+                parameter.grad = torch.full_like(parameter, float("inf"))
         if self._gradients is not None:
             self._gradients.clear()
         self._window_losses, self._window_inputs = {}, []

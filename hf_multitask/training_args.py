@@ -57,7 +57,8 @@ class MultiTaskTrainingArguments(TrainingArguments):
     [`hf_multitask.balancing.combination`]):
 
     - `loss_weighting`, `loss_weighting_kwargs`: what each task's loss is multiplied with, anew in every step, on top of
-      its share and its `weight`; a name in `WEIGHTINGS`, or an object with a method `weights(observation)`.
+      its share and its `weight`; a name in `WEIGHTINGS`, or an object with a method `weights(observation)`. Weights are
+      those of the step's own losses, so with gradient accumulation all but `static` need `gradient_memory` too.
     - `gradient_combination`, `gradient_combination_kwargs`: how the tasks' gradients on the shared parameters become
       one; a name in `COMBINATIONS`, `graddrop`, or a weighting of `torchjd`. All but `sum` hold a copy of the shared
       gradient per task.

@@ -290,3 +290,35 @@ def test_a_loss_that_is_not_finite_reaches_no_method(model, make_trainer, datase
         trainer.train()
         assert trainer.guard.skipped >= 1
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_without_a_solution_a_step_takes_the_plain_sum_and_says_so(run, caplog):
+    class Stubborn:
+        """A method that finds no solution in the second step."""
+
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, gramian):
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("no solution")
+            return torch.ones(len(gramian), dtype=torch.float64)
+
+    trainer, found = run(gradient_combination=Stubborn())
+    assert difference(run()[1], found) < 1e-6
+    counts = [line.get("combination_fallbacks") for line in trainer.state.log_history if "loss" in line]
+    assert counts == [None, 1, 1, 1]
+    assert trainer.balancer.state_dict()["fallbacks"] == 1
+
+
+def test_a_state_that_is_no_json_is_refused_before_training(model, make_trainer):
+    class Tensors(Favourite):
+        def state_dict(self):
+            return {"scale": torch.ones(3)}
+
+        def load_state_dict(self, state):
+            pass
+
+    with pytest.raises(ValueError, match="loss_weighting Tensors: its state_dict goes into checkpoints as JSON"):
+        make_trainer(model, loss_weighting=Tensors())

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import hf_multitask
 
@@ -190,3 +192,16 @@ print(loaded, type(AutoConfig.for_model("hf_multitask_hard_sharing")).__name__)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "HardSharingConfig"]
+
+
+def test_the_lowest_versions_that_were_tested_are_those_that_are_allowed():
+    tomllib = pytest.importorskip("tomllib")
+    top = ROOT.parent
+    dependencies = tomllib.loads((top / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = {
+        Requirement(text).name: next(s.version for s in Requirement(text).specifier if s.operator == ">=")
+        for text in dependencies
+    }
+    lines = (top / ".ci" / "lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(text) for name, text in allowed.items()} == {n: Version(text) for n, text in tested.items()}

@@ -222,21 +222,31 @@ def test_float16_with_a_scaler_trains_like_float32_to_its_rounding(run, build):
         assert other["grad_norm"] == pytest.approx(line["grad_norm"], rel=2 * ROUNDING[torch.float16])
 
 
-def test_the_scale_does_not_touch_the_update_nor_does_accumulation(run, build):
-    small = run(None, lambda trainer: scale_gradients(trainer, 2.0**6), fp16=True)
+BALANCED = [
+    {},
+    dict(gradient_combination="upgrad", loss_weighting="gradnorm"),
+    dict(gradient_combination="upgrad", gradient_memory="sketch"),
+]
+
+
+@pytest.mark.parametrize("balanced", BALANCED, ids=str)
+def test_the_scale_does_not_touch_the_update_nor_does_accumulation(run, build, balanced):
+    small = run(None, lambda trainer: scale_gradients(trainer, 2.0**6), fp16=True, **balanced)
     large = run(
         None,
         lambda trainer: scale_gradients(trainer, 2.0**12),
         fp16=True,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
+        **balanced,
     )
     assert_near(weights(build()), small, large, torch.float16)
 
 
+@pytest.mark.parametrize("balanced", BALANCED, ids=str)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_bad_window_is_skipped_once_and_lowers_the_scale(run, build, accumulation):
-    steps, given = Steps(), dict(train=spoilt_datasets(), on_nonfinite_loss="skip", max_steps=20)
+def test_a_bad_window_is_skipped_once_and_lowers_the_scale(run, build, accumulation, balanced):
+    steps, given = Steps(), dict(train=spoilt_datasets(), on_nonfinite_loss="skip", max_steps=20, **balanced)
     given |= dict(per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)
 
     def prepare(trainer):

@@ -20,10 +20,10 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.registry
-def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch):
-    (code,) = blocks("python")
+def test_the_python_examples_run_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "runs" / "demo" / "model.safetensors").is_file()
 
 

@@ -7,10 +7,14 @@ the Gramian (T² numbers are added up), and the combined gradient is put togethe
 processes then hold the same Gramian, bit for bit.
 
 Under FSDP2 gradients come reduced and sharded already, and each process's shards are its part.
+
+The gradient of an embedding table is zero but for the rows of the tokens that came. On one process it may come as a
+sparse tensor: the rows that came are kept, and the table costs neither time nor memory.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,6 +43,7 @@ class TaskGradients:
         num_processes: Processes whose gradients are added up; 1 also where parameters are sharded.
         process_index: Rank of this process.
         sharded: Whether the parameters are sharded (FSDP2): gradients then are reduced, and each process holds a part.
+        tables: Parameters `[V, H]` whose gradients come as sparse rows; on one process only.
 
     Raises:
         ValueError: There is no shared parameter to combine gradients on.
@@ -51,9 +56,17 @@ class TaskGradients:
         num_processes: int = 1,
         process_index: int = 0,
         sharded: bool = False,
+        tables: Iterable[nn.Parameter] = (),
     ) -> None:
-        self.parameters = list(parameters)
-        if not self.parameters:
+        every = list(parameters)
+        ends = [0, *itertools.accumulate(local(parameter).numel() for parameter in every)]
+        sparse = {id(table) for table in tables}
+        self.parameters = [parameter for parameter in every if id(parameter) not in sparse]
+        # Where a parameter begins if all are laid out in a row: what is drawn for it depends on nothing else.
+        starts = {id(parameter): start for parameter, start in zip(every, ends, strict=False)}
+        self._starts = [starts[id(parameter)] for parameter in self.parameters]
+        self._tables = [SparseRows(p, num_tasks, starts[id(p)]) for p in every if id(p) in sparse]
+        if not every:
             raise ValueError(
                 "no shared parameter is trained, so there are no gradients to combine: unfreeze the backbone (or add "
                 "adapters to it), or leave out gradient_combination"
@@ -62,7 +75,7 @@ class TaskGradients:
         shapes = [local(parameter).shape for parameter in self.parameters]
         size = sum(shape.numel() for shape in shapes)
         padded = -(-size // self._processes) * self._processes
-        device = local(self.parameters[0]).device
+        device = local(every[0]).device
         self._buffer = torch.zeros(num_tasks, padded, dtype=torch.float32, device=device)
         self._views = [_cut(row, shapes) for row in self._buffer]
         self._filled = [False] * num_tasks
@@ -76,6 +89,8 @@ class TaskGradients:
         Args:
             task: Index of the task.
         """
+        for table in self._tables:
+            table.move(task)
         views, grads, empty = [], [], []
         for parameter, view in zip(self.parameters, self._views[task], strict=True):
             if parameter.grad is None:
@@ -122,6 +137,9 @@ class TaskGradients:
             if chunk.device.type == "cuda":
                 chunk = chunk.double()  # TF32 would round the products
             total += (chunk @ chunk.T).double()
+        for table in self._tables:
+            matrix = table.matrix(tasks).double()
+            total += matrix @ matrix.T
         if self._processes > 1 or (self._sharded and dist.is_initialized()):
             dist.all_reduce(total)
         total = total.cpu()
@@ -134,6 +152,8 @@ class TaskGradients:
             tasks: Indices of the tasks.
             coefficients: `[T']`, float64.
         """
+        for table in self._tables:
+            table.write(coefficients.to(self._buffer.device, torch.float32) @ table.matrix(tasks))
         factors = torch.zeros(len(self._buffer), dtype=torch.float64)
         factors[list(tasks)] = coefficients.double().cpu()
         factors = factors.to(self._buffer.device, torch.float32)
@@ -166,15 +186,26 @@ class TaskGradients:
         factors = weights.to(self._buffer.device, torch.float32)[:, None]
         index = torch.tensor(list(tasks), device=self._buffer.device)
         combined = self._make_room()
-        begin = self._part.start
         seed += self._rank if self._sharded else 0
-        for start, stop, draws in uniform_blocks(begin, self._part.stop, seed, self._buffer.device):
-            rows = self._buffer[:, start:stop].index_select(0, index) * factors
-            combined[start - begin : stop - begin] = function(rows, draws)
+        for table in self._tables:
+            table.write(function(table.matrix(tasks) * factors, table.draws(seed)))
+        begin = 0  # of a parameter in the buffer
+        for parameter, place in zip(self.parameters, self._starts, strict=True):
+            size = local(parameter).numel()
+            first, last = max(begin, self._part.start), min(begin + size, self._part.stop)
+            offset = place - begin
+            for start, stop, draws in uniform_blocks(first + offset, last + offset, seed, self._buffer.device):
+                columns = slice(start - offset, stop - offset)
+                rows = self._buffer[:, columns].index_select(0, index) * factors
+                part = self._part.start
+                combined[columns.start - part : columns.stop - part] = function(rows, draws)
+            begin += size
         self._write_flat(combined)
 
     def clear(self) -> None:
         """Forget the gradients of this step."""
+        for table in self._tables:
+            table.clear()
         self._filled = [False] * len(self._filled)
         self._columns, self._part = self._buffer, slice(0, self._buffer.shape[1])
 
@@ -191,6 +222,66 @@ class TaskGradients:
             start += shard.numel()
             parameter.grad = _like(parameter, value)
         self.clear()
+
+
+class SparseRows:
+    """The gradients of T tasks on an embedding table, as the rows that came.
+
+    Args:
+        table: The table, `[V, H]`.
+        num_tasks: T.
+        start: Its place if all parameters are laid out in a row.
+    """
+
+    def __init__(self, table: nn.Parameter, num_tasks: int, start: int) -> None:
+        self._table, self._start = table, start
+        self._came: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_tasks)]
+        self._dense: Tensor | None = None  # the combined gradient: zeros but for some rows
+        self._written: Tensor | None = None  # these
+        self._rows = torch.empty(0, dtype=torch.long, device=table.device)
+
+    def move(self, task: int) -> None:
+        """Take the table's `.grad`, sparse or not."""
+        grad = self._table.grad
+        if grad is not None:
+            grad = (grad if grad.is_sparse else grad.to_sparse(1)).coalesce()
+            self._came[task].append((grad.indices()[0], grad.values().float()))
+        self._table.grad = None
+
+    def matrix(self, tasks: Sequence[int]) -> Tensor:
+        """Return `[T', U * H]`: the gradients of some tasks on the U rows that any of them has."""
+        pieces = [piece for task in tasks for piece in self._came[task]]
+        width = self._table.shape[1]
+        if not pieces:
+            self._rows = self._rows[:0]
+            return torch.zeros(len(tasks), 0, device=self._table.device)
+        self._rows = torch.cat([rows for rows, _ in pieces]).unique()
+        result = torch.zeros(len(tasks), len(self._rows), width, device=self._table.device)
+        for number, task in enumerate(tasks):
+            for rows, values in self._came[task]:
+                result[number].index_add_(0, torch.searchsorted(self._rows, rows), values)
+        return result.flatten(1)
+
+    def draws(self, seed: int) -> Tensor:
+        """Return uniform draws, `[U * H]`, for the rows of the last matrix."""
+        size = self._table.numel()
+        blocks = uniform_blocks(self._start, self._start + size, seed, self._table.device)
+        return torch.cat([draws for *_, draws in blocks]).view(-1, self._table.shape[1])[self._rows].flatten()
+
+    def write(self, combined: Tensor) -> None:
+        """Set the table's `.grad` to a gradient on the rows of the last matrix, `[U * H]`."""
+        if self._dense is None:
+            self._dense = torch.zeros_like(self._table)
+        elif self._written is not None:
+            self._dense[self._written] = 0
+        self._dense[self._rows] = combined.view(-1, self._table.shape[1]).to(self._dense.dtype)
+        self._written = self._rows
+        self._table.grad = self._dense
+
+    def clear(self) -> None:
+        """Forget the gradients of this step."""
+        self._came = [[] for _ in self._came]
+        self._rows = self._rows[:0]
 
 
 def _cut(row: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

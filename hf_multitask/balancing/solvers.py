@@ -106,6 +106,9 @@ def fair_point(matrix: Tensor, scales: Tensor, power: float) -> Tensor:
     The function is convex. Newton's method starts from the solution for orthogonal tasks, b = s^((p-1)/(p+1)), in
     coordinates relative to b, and shortens steps that would pass the least point on their line.
 
+    Raises:
+        RuntimeError: The two sides do not come within 1e-5 of each other.
+
     Args:
         matrix: M, positive definite with ones on the diagonal, [T, T].
         scales: s, positive, [T].
@@ -145,4 +148,7 @@ def fair_point(matrix: Tensor, scales: Tensor, power: float) -> Tensor:
         else:
             break
         b, left, right = candidate, new_left, new_right
+    moving = (b > least) | (left < right)
+    if not (np.abs(left - right) <= 1e-5 * (np.abs(left) + right))[moving].all():
+        raise RuntimeError("Newton's method did not converge")
     return torch.from_numpy(b)

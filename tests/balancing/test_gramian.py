@@ -51,6 +51,38 @@ def test_gramian_and_combination_are_those_of_the_gradients(parameters, tasks):
         assert torch.allclose(flat(parameters), coefficients.float() @ jacobian[tasks], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_rows_of_a_table_are_the_whole_table(kind):
+    """Sparse gradients of an embedding table give what dense ones do: Gramian, combination, draws; step after step."""
+    draw = torch.Generator().manual_seed(0)
+    tables = [nn.Embedding(50, 4, sparse=kind == "sparse"), nn.Embedding(50, 4)]
+    for table in tables:
+        table.weight.data.zero_()
+    linears = [nn.Parameter(torch.zeros(3, 4)) for _ in tables]
+    engines = [
+        TaskGradients([linears[0], tables[0].weight], 2, tables=[tables[0].weight]),
+        TaskGradients([linears[1], tables[1].weight], 2),
+    ]
+    for step in range(3):
+        for task in (0, 1, 0):
+            ids, factor = torch.randint(0, 50, (6,), generator=draw), torch.randn(6, 4, generator=draw)
+            for table, linear, engine in zip(tables, linears, engines, strict=True):
+                ((table(ids) * factor).sum() + (linear * factor[:3]).sum()).backward()
+                engine.move(task)
+        for engine in engines:
+            engine.reduce([0, 1])
+        assert torch.allclose(engines[0].gramian([0, 1]), engines[1].gramian([0, 1]), rtol=1e-6)
+        coefficients = torch.tensor([0.5, -2.0], dtype=torch.float64)
+        for engine in engines:
+            if step == 1:
+                engine.write_elementwise([0, 1], coefficients, graddrop, seed=step)
+            else:
+                engine.write([0, 1], coefficients)
+        for one, other in ((linears[0], linears[1]), (tables[0].weight, tables[1].weight)):
+            assert torch.allclose(one.grad, other.grad, atol=1e-6) and one.grad.any()
+            one.grad = other.grad = None
+
+
 def test_parameters_without_gradient_count_as_zero(parameters):
     gradients, jacobian = TaskGradients(parameters, 2), rows(2)
     for task in (0, 1):
