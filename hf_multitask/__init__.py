@@ -12,6 +12,7 @@ from .models.auto import AutoModelForMultiTask
 __version__ = version("hf_multitask")
 
 if TYPE_CHECKING:
+    from .analysis.conflict import gradient_conflicts
     from .data.collator import DataCollatorForMultiTask
     from .models.hard_sharing import HardSharingConfig, HardSharingModel
     from .models.task import Task, TaskType
@@ -29,6 +30,7 @@ _HOMES = {
     "MultiTaskTrainingArguments": "training_args",
     "Task": "models.task",
     "TaskType": "models.task",
+    "gradient_conflicts": "analysis.conflict",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "MultiTaskTrainingArguments",
     "Task",
     "TaskType",
+    "gradient_conflicts",
 ]
 
 

@@ -107,7 +107,7 @@ def fair_point(matrix: Tensor, scales: Tensor, power: float) -> Tensor:
     coordinates relative to b, and shortens steps that would pass the least point on their line.
 
     Raises:
-        RuntimeError: The two sides do not come within 1e-5 of each other.
+        RuntimeError: The two sides, each times b, do not come within 1e-5 of their largest entry.
 
     Args:
         matrix: M, positive definite with ones on the diagonal, [T, T].
@@ -149,6 +149,6 @@ def fair_point(matrix: Tensor, scales: Tensor, power: float) -> Tensor:
             break
         b, left, right = candidate, new_left, new_right
     moving = (b > least) | (left < right)
-    if not (np.abs(left - right) <= 1e-5 * (np.abs(left) + right))[moving].all():
+    if np.abs(left - right)[moving].max(initial=0.0) > 1e-5 * max(np.abs(left).max(), right.max()):
         raise RuntimeError("Newton's method did not converge")
     return torch.from_numpy(b)

@@ -150,27 +150,31 @@ def draw(trajectories: dict[str, Tensor], front: Tensor, picture: Path) -> None:
     colours = ("#4269d0", "#9c6b4e", "#d1602b", "#2a9d4a", "#a463f2")
     plt.rcParams.update({"font.size": 9, "axes.linewidth": 0.6, "svg.hashsalt": "toy", "path.simplify_threshold": 0.5})
     size, columns = 11.0, 4
-    axis = torch.linspace(-size, size, 221, dtype=torch.float64)
-    height = losses(torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)).sum(-1)
+    grid = torch.linspace(-size, size, 161, dtype=torch.float64)
+    height = losses(torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1)).sum(-1)
     bands = torch.bucketize(height, torch.arange(-32.0, 24.0, 4.0, dtype=torch.float64))
     rows = -(-len(trajectories) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.3 * columns, 2.45 * rows + 0.3), sharex=True, sharey=True, layout="constrained"
     )
-    for axis_, (method, trajectory) in zip(axes.flat, trajectories.items(), strict=True):
-        axis_.imshow(bands, cmap="Greys", vmin=-2, vmax=32, origin="lower", extent=(-size, size, -size, size))
-        axis_.plot(*front.T, color="black", linewidth=5, solid_capstyle="round", alpha=0.85)
+    for axis, (method, trajectory) in zip(axes.flat, trajectories.items(), strict=True):
+        axis.imshow(bands, cmap="Greys", vmin=-2, vmax=32, origin="lower", extent=(-size, size, -size, size))
+        axis.plot(*front[::10].T, color="black", linewidth=5, solid_capstyle="round", alpha=0.85)
         arrived = distance(trajectory[-1], front) <= TOLERANCE
         for i, colour in enumerate(colours):
             path = thin(trajectory[:, i])
-            axis_.plot(*path.T, color=colour, linewidth=1.6)
-            axis_.plot(*path[0], "o", color=colour, markersize=4)
+            axis.plot(*path.T, color=colour, linewidth=1.6)
+            axis.plot(*path[0], "o", color=colour, markersize=4)
             if arrived[i]:
-                axis_.plot(*path[-1], "o", color=colour, markersize=5.5, markeredgecolor="white", zorder=4)
+                axis.plot(*path[-1], "o", color=colour, markersize=5.5, markeredgecolor="white", zorder=4)
             else:
-                axis_.plot(*path[-1], "X", color=colour, markersize=10, markeredgecolor="black", zorder=4)
-        axis_.set_title(f"{method}: {int(arrived.sum())} of {len(STARTS)}", fontsize=10)
-        axis_.set(xticks=(-10, 0, 10), yticks=(-10, 0, 10))
+                axis.plot(*path[-1], "X", color=colour, markersize=10, markeredgecolor="black", zorder=4)
+        axis.set_title(f"{method}: {int(arrived.sum())} of {len(STARTS)}", fontsize=10)
+        axis.set(xticks=(-10, 0, 10), yticks=(-10, 0, 10))
+    for axis in axes[-1]:
+        axis.set_xlabel("θ₁", labelpad=0)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("θ₂", labelpad=-4)
     marks = {
         "start": Line2D([], [], marker="o", color="0.35", linestyle="none", markersize=4),
         "Pareto front": Line2D([], [], color="black", linewidth=5, solid_capstyle="round", alpha=0.85),
@@ -178,12 +182,10 @@ def draw(trajectories: dict[str, Tensor], front: Tensor, picture: Path) -> None:
         "end elsewhere": Line2D([], [], marker="X", color="0.35", markeredgecolor="k", linestyle="none", markersize=9),
     }
     figure.legend(marks.values(), marks, loc="outside lower center", ncols=len(marks), frameon=False)
-    figure.supxlabel("θ₁", fontsize=9)
-    figure.supylabel("θ₂", fontsize=9)
     figure.savefig(picture, metadata={"Date": None})
 
 
-def thin(path: Tensor, gap: float = 0.2) -> Tensor:
+def thin(path: Tensor, gap: float = 0.25) -> Tensor:
     """Return the first and the last point of a path, and others at least `gap` apart."""
     kept = [path[0]]
     for point in path[1:-1:5]:

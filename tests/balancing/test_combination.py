@@ -26,7 +26,6 @@ CASES: dict[str, tuple[str, dict]] = {
     "fairgrad, alpha 0.1": ("fairgrad", {"alpha": 0.1}),
     "fairgrad, alpha 1": ("fairgrad", {"alpha": 1}),
     "fairgrad, alpha 50": ("fairgrad", {"alpha": 50.0}),
-    "fairgrad, alpha 1e6": ("fairgrad", {"alpha": 1e6}),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 HARMLESS = ("mgda", "upgrad", "dual_proj")
@@ -636,3 +635,10 @@ def test_weightings_of_torchjd_are_taken_and_aggregators_refused():
     close(4 * method.coefficients((J @ J.T).float()), make_combination("imtl_g").coefficients((J @ J.T).float()), 1e-5)
     with pytest.raises(ValueError, match="give a weighting, such as UPGradWeighting.., not a class and not an aggr"):
         make_combination(aggregation.IMTLG())
+
+
+def test_a_solution_that_is_not_found_is_an_error():
+    """With an exponent of a millionth the equation of fairgrad is beyond float64 where tasks outnumber parameters."""
+    jacobian = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="did not converge"):
+        make_combination("fairgrad", {"alpha": 1e6}).coefficients(jacobian @ jacobian.T)

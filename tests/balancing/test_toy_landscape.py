@@ -11,7 +11,7 @@ import torch
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmarks" / "toy_landscape.py"
 # Fewer and larger steps than in the benchmark. Much larger ones would carry the plain sum over the valley.
-QUICK = {"steps": 3500, "learning_rate": 0.0125, "betas": (0.0, 0.9)}
+QUICK = {"steps": 1900, "learning_rate": 0.02, "betas": (0.0, 0.7)}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_nothing_dominates_the_front_and_it_dominates_all_else(toy, front):
     at_grid, at_front = toy.losses(grid), toy.losses(front)
     assert front[0, 0] == pytest.approx(-7) and front[-1, 0] == pytest.approx(7)
     assert not (at_grid[:, None] <= at_front - 1e-9).all(-1).any()
-    beaten = (at_front <= at_grid[:, None] + 1e-9).all(-1).any(-1)
-    assert toy.distance(grid[~beaten], front).amax() < 0.1 if (~beaten).any() else True
+    between = at_front.diff(dim=0).abs().amax() / 2  # what a point between two of the front's can be better than both
+    assert (at_front <= at_grid[:, None] + between).all(-1).any(-1).all()
 
 
 @pytest.mark.parametrize("method", ["cagrad", "mgda", "nash_mtl", "upgrad"])
@@ -74,3 +74,4 @@ def test_the_plain_sum_is_caught_in_a_valley(toy, front):
     for start, side in ((0, 1), (2, -1)):
         x, y = trajectory[len(trajectory) // 4 :, start].T
         assert (0.5 * (-x - 7 * side) + side * torch.tanh(y)).abs().max() < 0.1
+        assert y.min() > 0.3
