@@ -50,7 +50,7 @@ class GradientConflicts:
         norms: `[T]`, mean Euclidean norm of each task's gradient, in units of its loss.
         losses: `[T]`, mean loss of each task on the measured rows: whether the heads fit at all.
         reproducibility: `[T]`, mean cosine of a task's gradients of two batches. With 1 the batches agree on where
-            the task wants to go, with 0 all that was seen is noise. It bounds what two different tasks can show.
+            the task wants to go, with 0 all that was seen is noise. It bounds what tasks on different rows can show.
         layers: `[T, T]` mean cosines by layer.
         batches: Number of batches.
         thresholds: Mean cosines below the first are negative transfer, above the second positive transfer.
@@ -144,6 +144,9 @@ class GradientConflicts:
             parts.insert(1, f"? the interval crosses a threshold ({self.thresholds[0]:g} or {self.thresholds[1]:g})\n")
         else:
             parts.insert(1, "")
+        noisy = [name for name, own in zip(self.tasks, self.reproducibility, strict=True) if own < self.thresholds[1]]
+        if noisy:
+            parts.append(f"batches disagree about {', '.join(noisy)}: on different rows, neutral may just be noise")
         return "\n".join(parts)
 
     def plot(self, path: str | Path) -> None:

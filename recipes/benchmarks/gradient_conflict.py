@@ -11,7 +11,6 @@ are at first, and fitted to frozen features. With --write, gradient_conflict.jso
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +120,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(backbone_folder())
     table: list[dict[str, Any]] = []
     tasks: dict[str, Any] = {}
-    seconds: dict[str, float] = {}
     for kind, (model, datasets) in {
         "constructed": constructed(parts["vader"]),
         "quickstart": quickstart(parts["vader"], parts["bbc"]),
     }.items():
         found = {}
         for heads, options in HEADS.items():
-            start = time.perf_counter()
             options = {"batches": arguments.batches, "max_length": 64, **options}
             found[heads] = gradient_conflicts(model, datasets, tokenizer, **options)
-            seconds[f"{kind}, {heads}"] = round(time.perf_counter() - start, 1)
             print(f"{kind}, {heads}\n{found[heads]}\n", flush=True)
         pairs = CONSTRUCTED if kind == "constructed" else {}
         pairs = pairs or {f"{p.a} and {p.b}": (p.a, p.b, None) for p in found["fitted heads"].pairs()}
@@ -157,7 +153,6 @@ def main() -> None:
         "pairs": table,
         "bounds kept": all(row.get("kept", True) for row in table),
         "tasks": tasks,
-        "seconds": seconds,
         "setting": {"batches": arguments.batches, "rows per dataset": ROWS, "longest text in tokens": 64}
         | settings
         | describe(),

@@ -564,6 +564,9 @@ def test_it_prints_as_tables():
     assert lines[3].split() == "a c -0.300 -0.55 to -0.05 negative ? layer.0 (-0.50)".split()
     assert "? the interval crosses a threshold (-0.1 or 0.1)" in lines
     assert lines[-2].split() == ["b", "4", "20", "0.25"]
+    assert "disagree" not in str(made_result())
+    noisy = str(made_result(reproducibility=np.array([0.05, 0.5, -0.1]))).splitlines()
+    assert noisy[-1] == "batches disagree about a, c: on different rows, neutral may just be noise"
     assert "?" not in str(made_result(low=made_result().cosines, high=made_result().cosines))
 
 
