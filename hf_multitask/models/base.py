@@ -12,53 +12,34 @@ with `N_t` the task's items (rows, or labelled tokens) and `share_t` its fractio
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .backbone import align_memory, backbone_options, default_pooling, load_backbone
 from .configuration import MultiTaskConfig
 from .heads import TaskHead, make_head
+from .output import MultiTaskOutput, task_losses
 from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, cut_rows, plan_passes
+from .rows import CurrentRows, RowTasks
+from .scheme import SharingScheme
 from .task import Task, check_tasks, closest
 
 __all__ = ["MultiTaskModel", "MultiTaskOutput"]
 
 
-@dataclass
-class MultiTaskOutput(ModelOutput):
-    """Output of a multi-task model.
+class MultiTaskModel(SharingScheme):
+    """Abstract base of the sharing schemes: construction, loading, and the forward contract.
 
-    Args:
-        loss: Scalar, the weighted sum over tasks, when labels were given.
-        task_losses: Scalar per task with labels: its summed item losses over its number of items.
-        logits: Per task `[rows, C]`, or `[rows, L, C]` for token-level tasks.
-        row_losses: Per task with labels `[rows]`: the summed item losses of each row.
-        hidden_states: The backbone's, when asked for.
-        attentions: The backbone's, when asked for.
-    """
-
-    loss: Tensor | None = None
-    task_losses: dict[str, Tensor] | None = None
-    logits: dict[str, Tensor] | None = None
-    row_losses: dict[str, Tensor] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-class MultiTaskModel(PreTrainedModel, ABC):
-    """Abstract base of the sharing schemes.
-
-    A scheme implements [`encode`], [`shared_parameters`] and [`task_parameters`]. The last two are disjoint and
-    together cover every trainable parameter.
+    What a scheme implements is in [`SharingScheme`].
     """
 
     config_class: type[MultiTaskConfig] = MultiTaskConfig
@@ -73,8 +54,6 @@ class MultiTaskModel(PreTrainedModel, ABC):
     _supports_attention_backend = True
     # The loss is normalised by `num_items`, not by Trainer's keyword arguments.
     accepts_loss_kwargs: ClassVar[bool] = False
-    # Whether rows that feed several tasks need only one pass of the encoder.
-    shares_rows: ClassVar[bool] = True
 
     def __init__(self, config: MultiTaskConfig, backbone: PreTrainedModel | None = None) -> None:
         """Build the model; `backbone` is used as it is, without it one is made from the configuration."""
@@ -84,6 +63,7 @@ class MultiTaskModel(PreTrainedModel, ABC):
             options = backbone_options(type(config.backbone_config))
             backbone = AutoModel.from_config(config.backbone_config, **options)
         self.backbone = backbone
+        self.rows = CurrentRows()
         pooling = config.pooling or default_pooling(config.backbone_config)
         width = config.get_text_config().hidden_size
         self.heads = nn.ModuleDict(
@@ -139,7 +119,9 @@ class MultiTaskModel(PreTrainedModel, ABC):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a saved model; arguments and result are those of `PreTrainedModel.from_pretrained`."""
         loaded = super().from_pretrained(*args, **kwargs)
-        align_memory(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        align_memory(model)
+        model.freeze_backbone()
         return loaded
 
     @classmethod
@@ -147,20 +129,6 @@ class MultiTaskModel(PreTrainedModel, ABC):
         """Return the options of `from_backbone`: the fields that the scheme's configuration adds to the common ones."""
         common = {field.name for field in fields(PreTrainedConfig)} | {"backbone_config", "tasks"}
         return [field.name for field in fields(cls.config_class) if field.name not in common]
-
-    # ---- what a scheme implements ----
-
-    @abstractmethod
-    def encode(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return the backbone's output for some rows; its `last_hidden_state` is `[rows, L, H]`."""
-
-    @abstractmethod
-    def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the trainable parameters that more than one task trains."""
-
-    @abstractmethod
-    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """Yield the trainable parameters that only the named task trains."""
 
     # ---- the common forward ----
 
@@ -175,8 +143,10 @@ class MultiTaskModel(PreTrainedModel, ABC):
         segments: Mapping[str, Segment] | None = None,
         labels: Mapping[str, Tensor] | None = None,
         num_items: Mapping[str, int | Tensor] | None = None,
+        num_tokens: int | Tensor | None = None,
         loss_weights: Mapping[str, float] | None = None,
         gradient_scales: Mapping[str, float] | None = None,
+        penalty_scale: float = 1.0,
         single_pass: bool = False,
         run_every_head: bool = False,
         output_hidden_states: bool | None = None,
@@ -191,15 +161,19 @@ class MultiTaskModel(PreTrainedModel, ABC):
             token_type_ids: `[B, L]`, for backbones that take them.
             position_ids: `[B, L]`, for backbones that take them.
             inputs_embeds: `[B, L, H]` in place of `input_ids`.
-            task_ids: `[B]`, index of the task that conditions each row; only conditioned schemes read it.
+            task_ids: `[B]`, index of the task that conditions each row; only conditioned schemes read it. Without it
+                the segments say whose rows they are.
             segments: Which rows belong to which task. Padding must then be on the right. Without it every task that
                 is not auxiliary is computed for all rows, from one pass: the way to serve.
             labels: Per task, the labels of its rows only.
             num_items: Per task, the number of items its summed loss is divided by (default: those in this batch).
+            num_tokens: What sums over tokens in `regularization` are divided by (default: the tokens in this batch).
             loss_weights: Per task, what its loss is multiplied with in `loss` (default: its share of the rows times
                 its weight).
             gradient_scales: Per task, what its gradient is multiplied with where it goes from its head into the shared
                 parameters; the head's own stays as it is.
+            penalty_scale: What the scheme's penalty on its parameters is multiplied with: of the micro-batches and
+                processes of an optimizer step one should have it.
             single_pass: Take one pass of the encoder, however the segments lie. Processes that hold a shard each of
                 the parameters gather them in every pass, so all must make the same number.
             run_every_head: With labels, let the heads of tasks without rows take part in the loss, with a term of 0.
@@ -235,13 +209,13 @@ class MultiTaskModel(PreTrainedModel, ABC):
         if not segments:
             raise ValueError("segments is empty")
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
-        single_pass = single_pass or wants_internals
-        passes = [EncoderPass(0, rows, length, tuple(segments))] if single_pass else plan_passes(segments, cost)
         encoded: Any = None
         own_rows: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for part in passes:
-            encoded = self.encode(**cut_rows(tensors, part), **extras)
-            mask = None if attention_mask is None else attention_mask[part.start : part.stop, : part.length]
+        for part in self._plan(segments, whole, cost, single_pass or wants_internals):
+            inputs = cut_rows(tensors, part)
+            mask = inputs.get("attention_mask")
+            with self.rows.use(self._rows_of(part, segments, inputs.get("task_ids"), mask, main.device)):
+                encoded = self.encode(**inputs, **extras)
             for name in part.tasks:
                 own = slice(segments[name].start - part.start, segments[name].stop - part.start)
                 hidden = encoded.last_hidden_state[own]
@@ -250,19 +224,71 @@ class MultiTaskModel(PreTrainedModel, ABC):
                 own_rows[name] = hidden, None if mask is None else mask[own]
         logits, idle = self._run_heads(own_rows, bool(labels) and run_every_head)
         logits = {name: logits[name] for name in segments}
-        loss, task_losses, row_losses = self._losses(logits, labels, num_items, loss_weights)
-        if loss is not None and idle is not None:
-            loss = loss + idle
+        added = self.pass_losses(num_tokens)  # asked for in any case: it forgets the passes
+        penalty = self.penalty() if labels and self.training and penalty_scale else None
+        terms = ([] if added is None else [added]) + ([] if penalty is None else [penalty_scale * penalty])
+        loss = losses = row_losses = regularization = None
+        if labels:
+            unknown = [name for name in labels if name not in logits]
+            if unknown:
+                raise ValueError(f"labels of {unknown} came without their rows; rows came for {list(logits)}")
+            heads = cast(Mapping[str, TaskHead], self.heads)
+            losses, row_losses = task_losses(heads, logits, labels, num_items)
+            loss = self._weigh(losses, row_losses, loss_weights)
+            regularization = sum(terms[1:], terms[0]) if terms else None
+            for term in (regularization, idle):
+                loss = loss if term is None else loss + term
         output = MultiTaskOutput(
             loss=loss,
-            task_losses=task_losses,
+            task_losses=losses,
             logits=logits,
             row_losses=row_losses,
+            regularization=regularization,
             hidden_states=encoded.get("hidden_states"),
             attentions=encoded.get("attentions"),
         )
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def _plan(
+        self, segments: Mapping[str, Segment], whole: Segment, cost_in_tokens: int, single_pass: bool
+    ) -> list[EncoderPass]:
+        """Return the passes that some segments take."""
+        slices = sorted((segment.start, segment.stop) for segment in segments.values())
+        overlap = any(one[1] > other[0] for one, other in itertools.pairwise(slices))
+        if self.one_task_per_pass or (overlap and not self.shares_rows):
+            return [EncoderPass(s.start, s.stop, s.length, (name,)) for name, s in segments.items()]
+        if single_pass:
+            return [EncoderPass(whole.start, whole.stop, whole.length, tuple(segments))]
+        return plan_passes(segments, cost_in_tokens)
+
+    def _rows_of(
+        self,
+        part: EncoderPass,
+        segments: Mapping[str, Segment],
+        ids: Tensor | None,
+        mask: Tensor | None,
+        device: torch.device,
+    ) -> RowTasks:
+        """Return whose rows a pass has."""
+        slices = [(segments[name].start - part.start, segments[name].stop - part.start, name) for name in part.tasks]
+        rows = tuple((name, start, stop) for start, stop, name in sorted(slices))
+        if self.shares_rows:
+            return RowTasks(rows, None, mask)
+        if ids is None or len(part.tasks) == 1:  # several tasks may read these rows, one after the other
+            numbers = {task.name: number for number, task in enumerate(self.tasks)}
+            parts = [torch.full((stop - start,), numbers[name], device=device) for name, start, stop in rows]
+            ids = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return RowTasks(rows, ids, mask)
+
+    def _weigh(
+        self, losses: Mapping[str, Tensor], row_losses: Mapping[str, Tensor], weights: Mapping[str, float] | None
+    ) -> Tensor:
+        """Return the weighted sum of the tasks' losses."""
+        if weights is None:
+            total = sum(len(values) for values in row_losses.values())
+            weights = {task.name: len(row_losses.get(task.name, ())) / total * task.weight for task in self.tasks}
+        return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
     def _run_heads(
         self, own_rows: Mapping[str, tuple[Tensor, Tensor | None]], every: bool
@@ -283,42 +309,17 @@ class MultiTaskModel(PreTrainedModel, ABC):
                 logits[name] = head(*own_rows[name])
             else:
                 idle.append(0.0 * head(token, None).float().sum())
+                other = self.idle_term(name)
+                idle += [] if other is None else [other]
         return logits, torch.stack(idle).sum() if idle else None
 
-    def _head(self, name: str) -> TaskHead:
-        if name not in self.heads:
-            raise ValueError(f"task {name!r} is not one of this model's: {', '.join(self.heads)}")
-        return cast(TaskHead, self.heads[name])
-
-    def _losses(
-        self,
-        logits: dict[str, Tensor],
-        labels: Mapping[str, Tensor] | None,
-        num_items: Mapping[str, int | Tensor] | None,
-        loss_weights: Mapping[str, float] | None,
-    ) -> tuple[Tensor | None, dict[str, Tensor] | None, dict[str, Tensor] | None]:
-        if not labels:
-            return None, None, None
-        unknown = [name for name in labels if name not in logits]
-        if unknown:
-            raise ValueError(f"labels of {unknown} came without their rows; rows came for {list(logits)}")
-        row_losses = {name: self._head(name).row_losses(logits[name], labels[name]) for name in labels}
-        task_losses = {}
-        for name, losses in row_losses.items():
-            if num_items is not None and name in num_items:
-                items: int | Tensor = num_items[name]
-            else:
-                items = self._head(name).row_items(labels[name]).sum()
-            # A task whose rows hold no labelled item has a loss of 0, not of 0 / 0.
-            task_losses[name] = losses.sum() / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1))
-        if loss_weights is None:
-            total = sum(len(losses) for losses in row_losses.values())
-            weights = {task.name: task.weight for task in self.tasks}
-            loss_weights = {name: len(losses) / total * weights[name] for name, losses in row_losses.items()}
-        loss = torch.stack([loss_weights[name] * loss for name, loss in task_losses.items()]).sum()
-        return loss, task_losses, row_losses
-
     # ---- PreTrainedModel's contracts ----
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """Set how layers are computed again in the backward pass: with the rows of the pass they belong to."""
+        super()._set_gradient_checkpointing(enable, self.rows.carry(gradient_checkpointing_func), every_n_layers)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

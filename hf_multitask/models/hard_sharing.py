@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .base import MultiTaskModel
 from .configuration import MultiTaskConfig
@@ -45,29 +42,8 @@ class HardSharingModel(MultiTaskModel):
     def __init__(self, config: HardSharingConfig, backbone: PreTrainedModel | None = None) -> None:
         """Build the backbone and the heads."""
         super().__init__(config, backbone)
-        accepted = inspect.signature(self.backbone.forward).parameters
-        # Some backbones (DistilBERT, most decoders) take no token_type_ids; passing them on would raise.
-        self._accepts_token_types = "token_type_ids" in accepted
         self.post_init()
 
-    def encode(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> ModelOutput:
-        """Run the backbone on some rows; `task_ids` is not read."""
-        if not self._accepts_token_types:
-            kwargs.pop("token_type_ids", None)
-        if input_ids is not None:
-            kwargs["input_ids"] = input_ids
-        return self.backbone(attention_mask=attention_mask, return_dict=True, **kwargs)
-
-    def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the backbone's trainable parameters."""
-        return (parameter for parameter in self.backbone.parameters() if parameter.requires_grad)
-
-    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """Yield the trainable parameters of one task's head."""
-        return (parameter for parameter in self._head(name).parameters() if parameter.requires_grad)
+    def encode(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the backbone on some rows."""
+        return self.run_backbone(self.backbone, input_ids, attention_mask=attention_mask, **kwargs)

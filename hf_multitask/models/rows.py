@@ -1,0 +1,70 @@
+"""What modules inside a backbone may know of the rows that pass through: whose they are, and which tokens are real.
+
+A backbone hands its layers hidden states and a mask, no tasks. Layers that treat the rows of each task in a way of
+their own (adapters, prefixes, routers) ask a [`CurrentRows`], which the model sets before each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["CurrentRows", "RowTasks"]
+
+
+@dataclass(frozen=True)
+class RowTasks:
+    """The rows of one pass of a backbone.
+
+    Args:
+        slices: `(task, start, stop)` for each task of the pass, in plain numbers. Where the scheme treats the rows of
+            each task in its own way they are disjoint and cover all rows, in their order.
+        ids: `[rows]`, int64: the index of each row's task; None where the scheme has no use for it.
+        attention_mask: `[rows, L]`, 1 for real tokens; None if all are.
+        repeated: Whether the rows pass a second time, because a layer is computed again in the backward pass.
+    """
+
+    slices: tuple[tuple[str, int, int], ...]
+    ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    repeated: bool = False
+
+
+class CurrentRows:
+    """Holds the rows of the pass that runs; None between passes.
+
+    Activation checkpointing runs layers again in the backward pass, when other rows may have passed since. So the
+    function that does it is wrapped by [`carry`], which brings the rows of that pass back.
+    """
+
+    def __init__(self) -> None:
+        self.value: RowTasks | None = None
+
+    @contextmanager
+    def use(self, rows: RowTasks | None) -> Iterator[None]:
+        """Set the rows for the time of a pass."""
+        before, self.value = self.value, rows
+        try:
+            yield
+        finally:
+            self.value = before
+
+    def carry(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a checkpointing function, `(function, *args) -> result`: repetitions see the rows of their pass."""
+
+        def with_rows(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            rows, calls = self.value, 0
+
+            def seeing(*inner: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                with self.use(rows if rows is None or calls == 1 else replace(rows, repeated=True)):
+                    return function(*inner, **options)
+
+            return checkpoint(seeing, *args, **kwargs)
+
+        return with_rows

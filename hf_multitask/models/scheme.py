@@ -1,0 +1,128 @@
+"""What a sharing scheme says of itself: how it encodes rows, which parameters are whose, what it adds to the loss."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .heads import TaskHead
+from .rows import CurrentRows
+from .task import Task
+
+__all__ = ["SharingScheme"]
+
+
+@cache
+def _forward_parameters(model_class: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+class SharingScheme(PreTrainedModel, ABC):
+    """The part of a multi-task model that differs between schemes.
+
+    A scheme implements [`encode`] and says, in [`task_modules`], what belongs to one task alone; whatever else is
+    trained is shared. So the two are disjoint and together cover every trainable parameter.
+    """
+
+    # Whether the backbone stays as it is, while other parts are trained.
+    freezes_backbone: ClassVar[bool] = False
+    # Whether a pass of the encoder is for the rows of one task only.
+    one_task_per_pass: ClassVar[bool] = False
+
+    tasks: list[Task]
+    heads: nn.ModuleDict
+    backbone: PreTrainedModel
+    rows: CurrentRows
+
+    # ---- what a scheme implements ----
+
+    @abstractmethod
+    def encode(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Return the backbone's output for some rows; its `last_hidden_state` is `[rows, L, H]`.
+
+        Whose rows they are is in `self.rows.value`.
+        """
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether rows that feed several tasks need only one pass of the encoder."""
+        return True
+
+    def task_modules(self, name: str) -> list[nn.Module]:
+        """Return the modules that one task alone trains."""
+        return [self._head(name)]
+
+    def penalty(self) -> Tensor | None:
+        """Return what the scheme adds to the loss for the values of its parameters, a scalar, or None."""
+        return None
+
+    def pass_losses(self, num_tokens: int | Tensor | None) -> Tensor | None:
+        """Return what the scheme adds to the loss for the tokens of the last passes, a scalar, or None.
+
+        Args:
+            num_tokens: The tokens that sums over tokens are divided by (default: those of the passes).
+        """
+        return None
+
+    def idle_term(self, name: str) -> Tensor | None:
+        """Return a 0 that depends on all that a task without rows trains beside its head, or None: nothing."""
+        head = {id(parameter) for parameter in self._head(name).parameters()}
+        own = [parameter for parameter in self.task_parameters(name) if id(parameter) not in head]
+        return 0.0 * torch.stack([parameter.float().sum() for parameter in own]).sum() if own else None
+
+    def idle_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that a step without rows of a task must leave alone."""
+        return self.task_parameters(name)
+
+    def finish_window(self) -> None:
+        """Take note that the passes of an optimizer step are through; a collective call."""
+
+    def training_logs(self) -> dict[str, float]:
+        """Return what the scheme has to add to a log line of training."""
+        return {}
+
+    # ---- what follows from it ----
+
+    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the trainable parameters that only the named task trains."""
+        for module in self.task_modules(name):
+            yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trainable parameters that more than one task trains."""
+        own = {id(parameter) for task in self.tasks for parameter in self.task_parameters(task.name)}
+        return (p for p in self.parameters() if p.requires_grad and id(p) not in own)
+
+    def run_backbone(self, backbone: PreTrainedModel, input_ids: Tensor | None, **kwargs: Any) -> Any:
+        """Call a backbone with what it takes; `task_ids` is left out, and token types where it knows none.
+
+        Some backbones (DistilBERT, most decoders) take no `token_type_ids`; passing them on would raise.
+        """
+        kwargs.pop("task_ids", None)
+        backbone_class: Any = type(backbone)
+        if "token_type_ids" in kwargs and "token_type_ids" not in _forward_parameters(backbone_class):
+            del kwargs["token_type_ids"]
+        if input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        return backbone(return_dict=True, **kwargs)
+
+    def compile_backbone(self, **options: Any) -> None:
+        """Compile the backbone in place, with arguments of `torch.compile`."""
+        self.backbone.compile(**options)
+
+    def freeze_backbone(self) -> None:
+        """Freeze what the scheme does not train; also after loading, which makes new parameters."""
+        if self.freezes_backbone:
+            self.backbone.requires_grad_(False)
+
+    def _head(self, name: str) -> TaskHead:
+        if name not in self.heads:
+            raise ValueError(f"task {name!r} is not one of this model's: {', '.join(self.heads)}")
+        return cast(TaskHead, self.heads[name])
