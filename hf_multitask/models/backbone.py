@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from typing import Any
 
@@ -15,7 +16,15 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-__all__ = ["align_memory", "backbone_options", "default_pooling", "load_backbone", "sharding_units", "usable_positions"]
+__all__ = [
+    "align_memory",
+    "backbone_options",
+    "default_pooling",
+    "load_backbone",
+    "sharding_units",
+    "usable_positions",
+    "weights_hash",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +89,15 @@ def align_memory(model: PreTrainedModel) -> None:
         if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
             with torch.no_grad():
                 parameter.data = parameter.data.clone()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256, in hexadecimal, of a model's tensors: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def usable_positions(model: nn.Module) -> int | None:

@@ -110,6 +110,7 @@ class MultiTaskModel(SharingScheme):
             tasks=[task.to_dict() for task in tasks],
             # Said here because a configuration hands its own setting, None by default, to those inside it.
             **{"attn_implementation": model.config._attn_implementation, **options},
+            **cls.describe_backbone(backbone, model),
         )
         wrapped = cls(config, model)
         wrapped.config.dtype = model.dtype

@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -87,6 +88,18 @@ class SharingScheme(PreTrainedModel, ABC):
     def training_logs(self) -> dict[str, float]:
         """Return what the scheme has to add to a log line of training."""
         return {}
+
+    @classmethod
+    def describe_backbone(cls, source: str | PreTrainedModel, backbone: PreTrainedModel) -> dict[str, Any]:
+        """Return what the configuration must remember of a backbone and where it came from."""
+        return {}
+
+    def load_adapters(self, folder: str | Path) -> None:
+        """Load what is saved beside `model.safetensors`; nothing for most schemes."""
+
+    def tensors_elsewhere(self) -> set[str]:
+        """Return the names of the tensors that are not saved in `model.safetensors`."""
+        return set()
 
     # ---- what follows from it ----
 

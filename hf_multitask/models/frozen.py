@@ -1,0 +1,247 @@
+"""Schemes that train small parts beside a frozen backbone: what is saved, and how it comes back.
+
+A saved folder holds no copy of the backbone (unless asked for): the heads are in `model.safetensors`, and what each
+task trains is in a folder of its own, in the format of the PEFT library, so that PEFT reads it too. The configuration
+remembers the backbone's id and a hash of its weights; loading checks that the backbone is still the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .backbone import HUB_OPTIONS, load_backbone, weights_hash
+from .base import MultiTaskModel
+from .configuration import MultiTaskConfig
+
+__all__ = ["FrozenBackboneConfig", "FrozenBackboneModel"]
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+class FrozenBackboneConfig(MultiTaskConfig):
+    """Configuration of a model with a frozen backbone; see [`MultiTaskConfig`] for the other fields.
+
+    Args:
+        backbone_name: Hub id or folder of the backbone, where it is known.
+        backbone_hash: SHA-256 of the backbone's weights, in hexadecimal.
+        backbone_saved: Whether the folder that this configuration is in holds the backbone's weights.
+    """
+
+    backbone_name: str | None = None
+    backbone_hash: str | None = None
+    backbone_saved: bool = False
+
+
+class FrozenBackboneModel(MultiTaskModel):
+    """Abstract base of schemes that train parts beside a frozen backbone, each saved in PEFT's format."""
+
+    config_class: type[FrozenBackboneConfig] = FrozenBackboneConfig
+    config: FrozenBackboneConfig
+    freezes_backbone = True
+
+    # ---- what a scheme implements ----
+
+    @abstractmethod
+    def adapter_tensors(self) -> dict[str, dict[str, str]]:
+        """Return, by folder in a saved model, the names of our tensors and of the same tensors in PEFT's file."""
+
+    @abstractmethod
+    def adapter_config(self, folder: str) -> PeftConfig:
+        """Return PEFT's configuration for one of the folders."""
+
+    # ---- the backbone's identity ----
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Return the options of `from_backbone`; what describes the backbone is found, not given."""
+        return [name for name in super().options() if not name.startswith("backbone_")]
+
+    @classmethod
+    def describe_backbone(cls, source: str | PreTrainedModel, backbone: PreTrainedModel) -> dict[str, Any]:
+        """Return the fields of the configuration that say which backbone this is."""
+        name = source if isinstance(source, str) else backbone.config._name_or_path
+        return {"backbone_name": str(name) or None, "backbone_hash": weights_hash(backbone)}
+
+    # ---- saving ----
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        save_backbone: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process writes.
+            state_dict: The tensors (default: the model's).
+            save_backbone: Whether to write the backbone's weights as well (default: only where the backbone has no
+                id or folder that it could be loaded from).
+            **kwargs: Further arguments of `PreTrainedModel.save_pretrained`.
+        """
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        if save_backbone is None:
+            save_backbone = self.config.backbone_name is None
+        folders = self.adapter_tensors()
+        elsewhere = {ours for names in folders.values() for ours in names}
+        kept = {
+            name: value
+            for name, value in tensors.items()
+            if name not in elsewhere and (save_backbone or not name.startswith("backbone."))
+        }
+        config, self.config = self.config, copy.deepcopy(self.config)
+        self.config.backbone_saved = save_backbone
+        try:
+            super().save_pretrained(save_directory, is_main_process, kept, **kwargs)
+        finally:
+            self.config = config
+        if not is_main_process:
+            return
+        for folder, names in folders.items():
+            place = Path(save_directory, folder)
+            place.mkdir(parents=True, exist_ok=True)
+            adapter = self.adapter_config(folder)
+            adapter.base_model_name_or_path = self.config.backbone_name
+            adapter.inference_mode = True
+            adapter.save_pretrained(str(place))
+            own = {peft: tensors[ours].detach().cpu().contiguous() for ours, peft in names.items()}
+            save_file(own, place / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    # ---- loading ----
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, backbone: str | PreTrainedModel | None = None, **kwargs: Any) -> Any:
+        """Load a saved model, its adapters, and the backbone from where it came from.
+
+        Args:
+            *args: Folder or Hub id.
+            backbone: Where the backbone is now, if not where the configuration says; a Hub id, a folder or a model.
+            **kwargs: As for `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: The backbone is another one (its hash differs), an adapter is missing or has another shape.
+            OSError: There is no such folder.
+        """
+        if kwargs.get("state_dict") is not None or not args or args[0] is None:
+            return super().from_pretrained(*args, **kwargs)
+        folder, *rest = args
+        where = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or folder, **where)
+        fields = {key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key) and key != "dtype"}
+        for key, value in fields.items():
+            setattr(config, key, value)
+        where.pop("trust_remote_code", None)
+        with torch.device("meta"):
+            skeleton = cls(config)
+        tensors = _load_tensors(folder, where)
+        for part in skeleton.adapter_tensors():
+            tensors |= skeleton._read_adapter(folder, part, where)
+        _check_shapes(skeleton, tensors, str(folder))
+        if not config.backbone_saved:
+            tensors |= _backbone_tensors(config, backbone)
+        elif backbone is not None:
+            raise ValueError(f"{str(folder)!r} holds the backbone's weights; leave out backbone={backbone!r}")
+        kwargs.setdefault("dtype", config.dtype)
+        return super().from_pretrained(None, *rest, config=config, state_dict=tensors, **kwargs)
+
+    def load_adapters(self, folder: str | Path) -> None:
+        """Load what `save_pretrained` wrote in PEFT's format into this model; heads and backbone stay as they are.
+
+        Raises:
+            ValueError: An adapter is missing, or has another shape.
+        """
+        for part in self.adapter_tensors():
+            loaded = self._read_adapter(folder, part, {})
+            _check_shapes(self, loaded, str(folder))
+            with torch.no_grad():
+                for name, value in loaded.items():
+                    self.get_parameter(name).copy_(value)
+
+    def tensors_elsewhere(self) -> set[str]:
+        """Return the names of the tensors that are not in `model.safetensors`."""
+        adapters = {ours for names in self.adapter_tensors().values() for ours in names}
+        return adapters | {name for name in self.state_dict() if name.startswith("backbone.")}
+
+    def _read_adapter(self, folder: Any, part: str, where: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tensors of one adapter of a saved model, by our names."""
+        where = {**where, "subfolder": "/".join(filter(None, (where.get("subfolder", ""), part)))}
+        file = cached_file(folder, _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **where)
+        if file is None:
+            raise ValueError(
+                f"{str(folder)!r} has no {part}/{_ADAPTER_WEIGHTS}, the part of a task in its configuration; "
+                f"the parts are {', '.join(self.adapter_tensors())}"
+            )
+        saved = load_file(file)
+        names = self.adapter_tensors()[part]
+        missing = sorted(set(names.values()) - set(saved))
+        extra = sorted(set(saved) - set(names.values()))
+        if missing or extra:
+            raise ValueError(
+                f"{part}/{_ADAPTER_WEIGHTS} in {str(folder)!r} is of another kind: it lacks {missing[:3]} and has "
+                f"{extra[:3]} too much"
+            )
+        return {ours: saved[peft] for ours, peft in names.items()}
+
+
+def _load_tensors(folder: Any, where: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a saved model's `model.safetensors`, or of its shards."""
+    options = {**where, "_raise_exceptions_for_missing_entries": False}
+    file = cached_file(folder, SAFE_WEIGHTS_NAME, **options)
+    if file is not None:
+        return load_file(file)
+    index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if index is None:
+        raise OSError(f"{str(folder)!r} has no {SAFE_WEIGHTS_NAME}: it is no saved model")
+    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        tensors |= load_file(str(cached_file(folder, shard, **where)))
+    return tensors
+
+
+def _check_shapes(model: MultiTaskModel, tensors: Mapping[str, Tensor], folder: str) -> None:
+    """Raise where tensors do not fit a model of the saved configuration."""
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    for name, value in tensors.items():
+        if name in wanted and value.shape != wanted[name]:
+            raise ValueError(
+                f"{name} in {folder!r} has the shape {list(value.shape)}; the configuration says {list(wanted[name])}"
+            )
+
+
+def _backbone_tensors(config: FrozenBackboneConfig, backbone: str | PreTrainedModel | None) -> dict[str, Tensor]:
+    """Return the backbone's tensors, by our names, after checking that it is the one that was trained with."""
+    source = config.backbone_name if backbone is None else backbone
+    if source is None:
+        raise ValueError("the saved model has no backbone and names none; give from_pretrained(..., backbone=...)")
+    options = {} if isinstance(source, PreTrainedModel) else {"dtype": config.dtype}
+    loaded = load_backbone(source, **options)
+    found = weights_hash(loaded)
+    if found != config.backbone_hash:
+        name = type(source).__name__ if isinstance(source, PreTrainedModel) else repr(source)
+        raise ValueError(
+            f"backbone {name} is not the one that this model was trained with: its weights have the hash "
+            f"{found[:16]}, the configuration has {str(config.backbone_hash)[:16]}; give the right one by "
+            "from_pretrained(..., backbone=...)"
+        )
+    return {f"backbone.{name}": value for name, value in loaded.state_dict().items()}
