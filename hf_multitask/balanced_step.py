@@ -22,6 +22,9 @@ from .window import TaskProgress, Window
 
 __all__ = ["MultiTaskBalancing"]
 
+# Where each process holds a part of the parameters, and gathers the rest for every pass.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
 _ROW_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "task_ids")
 
 
@@ -41,6 +44,7 @@ class MultiTaskBalancing(Trainer):
         self._window_inputs: list[dict[str, Any]] = []
         self._decided: dict[str, float] | None = None
         self._window_losses: dict[str, Tensor] = {}
+        self._added: dict[nn.Parameter, Tensor] = {}
 
     def _check_balancing(self) -> None:
         """Raise where a backend cannot do what the arguments ask for; set what FSDP needs.
@@ -48,9 +52,22 @@ class MultiTaskBalancing(Trainer):
         Raises:
             ValueError: The gradients of tasks are wanted of DeepSpeed.
         """
+        inner: Any = self.accelerator.unwrap_model(self.model)
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not inner.supports_sharding:
+            raise ValueError(
+                f"{type(inner).__name__} does not go with FSDP or DeepSpeed, which want every process to run the same "
+                "modules; use DDP (recipes/accelerate/ddp.yaml), or hard sharing"
+            )
         plain = self.balancer.is_static and not self.balancer.combines and not self.args.conflict_logging_steps
         if plain:
             return
+        wants = self.balancer.combines or self.balancer.weighting.needs_gradient_norms
+        if (wants or self.args.conflict_logging_steps) and next(inner.shared_parameters(), None) is None:
+            raise ValueError(
+                f"no shared parameter is trained in this {type(inner).__name__}, so there are no gradients to combine "
+                "or compare: unfreeze the backbone (or add adapters to it that tasks share), "
+                "or leave out gradient_combination, conflict_logging_steps and loss weightings by gradients"
+            )
         if self.is_deepspeed_enabled:
             raise ValueError(
                 "loss_weighting, gradient_combination and conflict_logging_steps do not go with DeepSpeed, whose "
@@ -60,6 +77,42 @@ class MultiTaskBalancing(Trainer):
         if self.is_fsdp_enabled:
             # Gradients are there only after they were reduced: in every micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return this micro-batch's part of the window's loss, `sum of share * weight * loss` over tasks."""
+        if not self.tasks or not isinstance(num_items_in_batch, Window):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        window, balancer = num_items_in_batch, self.balancer
+        scales = dict(zip([task.name for task in self.tasks], balancer.coefficients, strict=True))
+        outputs = model(
+            **{
+                **inputs,
+                "num_items": {task: window.items[task] for task in inputs["labels"]},
+                "num_tokens": window.tokens,
+            },
+            loss_weights=balancer.factors(window) if self._decided is None else self._decided,
+            gradient_scales=scales if balancer.combines else None,
+            # Once in a step: in the micro-batch that ends it, an equal part on each process.
+            penalty_scale=1 / self.args.world_size if self.accelerator.sync_gradients else 0.0,
+            single_pass=self.accelerator.distributed_type in _SHARDED,
+            run_every_head=self.args.world_size > 1,
+        )
+        loss, losses = outputs["loss"], outputs["task_losses"]
+        if self._decided is None:
+            self.progress.add_losses(losses)
+            self.guard.add(outputs["row_losses"])
+        if not balancer.is_static and self._decided is None:
+            # This is the whole window, or the gradients of tasks would be wanted: the weights are of these losses.
+            total = self._add_up_losses({task: value.detach() for task, value in losses.items()}, window)
+            factors = balancer.weigh(window, total, self.state.global_step, int(self.state.epoch or 0))
+            loss = loss * 0.0 + sum(factors[task] * value for task, value in losses.items())
+            added = outputs.get("regularization")
+            loss = loss if added is None else loss + added
+        if self.args.world_size > 1:
+            loss = loss * self.args.world_size  # data parallelism takes the mean over processes of what is a sum
+        return (loss, outputs) if return_outputs else loss
 
     def _backward_by_task(self, model: nn.Module, inputs: dict[str, Any], window: Window) -> Tensor:
         """Run forward and backward for one task after the other, and move the shared gradients into their rows.
@@ -78,7 +131,9 @@ class MultiTaskBalancing(Trainer):
         if self._gradients is None:
             kind = TaskSketches if self.balancer.sketches else TaskGradients
             world, rank = self.args.world_size, self.args.process_index
-            options: dict[str, Any] = {} if self.balancer.sketches else {"tables": self._tables(inner)}
+            options: dict[str, Any] = {}
+            if not self.balancer.sketches:
+                options = {"tables": self._tables(inner), "device": self.args.device}
             self._gradients = kind(inner.shared_parameters(), len(self.tasks), world, rank, sharded, **options)
         numbers = {task.name: number for number, task in enumerate(self.tasks)}
         embeddings = inner.get_input_embeddings() if self._tables(inner) and not self.balancer.sketches else None
@@ -105,7 +160,9 @@ class MultiTaskBalancing(Trainer):
             if segment is None:
                 losses = {names[0]: self._idle_loss(inner, inputs, names[0])}
             else:
-                losses = self._group_losses(inner, inputs, names, segment, window)
+                losses, added = self._group_losses(inner, inputs, names, segment, window)
+                if added is not None and not self.balancer.sketches:
+                    self._keep_added(inner, added * (self.args.world_size if sharded else 1))
             for place, name in enumerate(names):
                 # FSDP takes the mean over processes of what is a sum.
                 loss = losses[name] * (self.args.world_size if sharded else 1)
@@ -135,8 +192,8 @@ class MultiTaskBalancing(Trainer):
 
     def _group_losses(
         self, model: Any, inputs: Mapping[str, Any], names: list[str], segment: Segment, window: Window
-    ) -> dict[str, Tensor]:
-        """Return the losses of some tasks on the same rows, and note them."""
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the losses of some tasks on the same rows, and what the scheme adds; note the losses."""
         rows = cut_rows({key: inputs.get(key) for key in _ROW_INPUTS}, segment)
         own = Segment(0, segment.rows, segment.length)
         with self.compute_loss_context_manager():
@@ -145,12 +202,14 @@ class MultiTaskBalancing(Trainer):
                 segments=dict.fromkeys(names, own),
                 labels={name: inputs["labels"][name] for name in names},
                 num_items={name: window.items[name] for name in names},
+                num_tokens=window.tokens,
+                penalty_scale=0.0,
             )
         losses: dict[str, Tensor] = outputs["task_losses"]
         self.progress.add_losses(losses)
         self.guard.add(outputs["row_losses"])
         self._note_losses(losses)
-        return losses
+        return losses, outputs.get("regularization")
 
     def _note_losses(self, losses: Mapping[str, Tensor]) -> None:
         for name, loss in losses.items():
@@ -188,9 +247,35 @@ class MultiTaskBalancing(Trainer):
         if self.balancer.sketches:
             self._second_pass(model, factors, window)
         else:
-            self._weigh_task_parameters(self.accelerator.unwrap_model(model), factors)
+            inner: Any = self.accelerator.unwrap_model(model)
+            self._weigh_task_parameters(inner, factors)
+            self._write_added(inner)
         total = sum(factors[name] * loss for name, loss in losses.items())
         return torch.tensor(total, device=self.args.device)
+
+    def _keep_added(self, model: nn.Module, added: Tensor) -> None:
+        """Keep the gradient of what the scheme adds to the loss: it belongs to no task, and is not combined."""
+        scaler = self.accelerator.scaler
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        scaled = added if scaler is None else scaler.scale(added)
+        for parameter, grad in zip(parameters, torch.autograd.grad(scaled, parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                known = self._added.get(parameter)
+                self._added[parameter] = grad if known is None else known + grad
+
+    def _write_added(self, model: Any) -> None:
+        """Add the gradient of what the scheme adds to the loss; a collective call."""
+        if self._added and self.args.world_size > 1 and self.accelerator.distributed_type != DistributedType.FSDP:
+            flat = torch.cat([grad.reshape(-1).float() for grad in self._added.values()])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([grad.numel() for grad in self._added.values()])
+            self._added = {p: part.view_as(p).to(p.dtype) for p, part in zip(self._added, parts, strict=True)}
+        penalty = model.penalty()
+        if penalty is not None:  # of parameters, which are the same on every process
+            self._keep_added(model, penalty)
+        for parameter, grad in self._added.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        self._added = {}
 
     def _second_pass(self, model: nn.Module, factors: dict[str, float], window: Any) -> None:
         """Run a window again as a whole, with the weights and coefficients that were decided from its sketches."""

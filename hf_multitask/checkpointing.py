@@ -153,10 +153,10 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
     streaming = (read_state(folder) or {}).get("streaming", False)
     states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     # Sharded runs may write a folder of shards for the optimizer and one for the weights; its `.metadata` comes last.
-    parts = [path for path in folder.iterdir() if path.is_dir()]
+    parts = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.distcp"))]
     sharded = bool(parts)
     for part in parts:
-        if any(part.glob("*.distcp")) and not (part / ".metadata").is_file():
+        if not (part / ".metadata").is_file():
             return f"{part.name}/.metadata is missing"
     states += [STREAMS_NAME.format(rank) for rank in range(num_processes)] if streaming else []
     for name in ["scheduler.pt", *states]:
@@ -223,7 +223,29 @@ class MultiTaskCheckpoints(MultiTaskBalancing):
         steps = total_steps(self.args, len(sampler) // self.args.gradient_accumulation_steps)
         sizes, length = self.train_dataset.sizes, self._preparing["max_length"]
         run = describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        scheme = {key: getattr(model.config, key) for key in model.options() if key != "max_input_length"}
+        run |= {"sharing": model.config.model_type, "options of the model": json.loads(json.dumps(scheme))}
         return run | {"streamed": isinstance(self.train_dataset, StreamingMixture)}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint, and what the sharing scheme saves beside them."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.tasks:
+            self.accelerator.unwrap_model(self.model).load_adapters(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, and what the sharing scheme saves beside them."""
+        super()._load_best_model()
+        if self.tasks:
+            self.accelerator.unwrap_model(self.model).load_adapters(str(self.state.best_model_checkpoint))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of tensors that a checkpoint lacks, save those that are not in the file that was loaded."""
+        if self.tasks:
+            elsewhere = self.accelerator.unwrap_model(self.model).tensors_elsewhere()
+            load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in elsewhere]
+        super()._issue_warnings_after_load(load_result)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Begin the counts anew, or take them from a checkpoint of the same run."""

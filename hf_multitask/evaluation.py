@@ -250,7 +250,8 @@ class MultiTaskEvaluation(Trainer):
         if not self.tasks:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         inputs = self._prepare_inputs(inputs)
-        inputs.pop("num_items", None)
+        for counted in ("num_items", "num_tokens"):
+            inputs.pop(counted, None)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
         labels = inputs.get("labels", {})

@@ -48,7 +48,7 @@ class MultiTaskGuarding(MultiTaskBalancing):
                 parameter.grad = torch.full_like(parameter, float("inf"))
         if self._gradients is not None:
             self._gradients.clear()
-        self._window_losses, self._window_inputs = {}, []
+        self._window_losses, self._window_inputs, self._added = {}, [], {}
 
     def _describe_rows(self, bad: BadLoss) -> str:
         """Return which rows of its dataset a bad loss came from; the order of the rows can be looked up again."""

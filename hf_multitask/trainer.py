@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
@@ -39,9 +39,6 @@ from .window import TaskProgress, Window, count_window
 __all__ = ["MultiTaskSeq2SeqTrainer", "MultiTaskTrainer", "MultiTaskTrainerMixin"]
 
 logger = logging.get_logger(__name__)
-
-# Where each process holds a part of the parameters, and gathers the rest for every pass.
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTaskGuarding):
@@ -167,7 +164,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Compile the backbone, if it was asked for, and go on as `Trainer` does."""
         if self.tasks and self._compile_options is not None:
-            self.accelerator.unwrap_model(self.model).backbone.compile(**self._compile_options)
+            self.accelerator.unwrap_model(self.model).compile_backbone(**self._compile_options)
         return super()._prepare_for_training(*args, **kwargs)
 
     def hyperparameter_search(
@@ -264,50 +261,23 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self._stop_or_skip(model, bad)
         elif by_task:
             loss = self._combine(model, num_items_in_batch)
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        unwrapped.finish_window()
         if self.args.world_size > 1:
-            unwrapped = self.accelerator.unwrap_model(model)
             for task in self.tasks:
                 if task.name not in num_items_in_batch.rows:
                     # A gradient of zeros would still let the optimizer's momentum and decay move them.
-                    for parameter in unwrapped.task_parameters(task.name):
+                    for parameter in unwrapped.idle_parameters(task.name):
                         parameter.grad = None
         return loss
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return this micro-batch's part of the window's loss, `sum of share * weight * loss` over tasks."""
-        if not self.tasks or not isinstance(num_items_in_batch, Window):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        window, balancer = num_items_in_batch, self.balancer
-        scales = dict(zip([task.name for task in self.tasks], balancer.coefficients, strict=True))
-        outputs = model(
-            **{**inputs, "num_items": {task: window.items[task] for task in inputs["labels"]}},
-            loss_weights=balancer.factors(window) if self._decided is None else self._decided,
-            gradient_scales=scales if balancer.combines else None,
-            single_pass=self.accelerator.distributed_type in _SHARDED,
-            run_every_head=self.args.world_size > 1,
-        )
-        loss, losses = outputs["loss"], outputs["task_losses"]
-        if self._decided is None:
-            self.progress.add_losses(losses)
-            self.guard.add(outputs["row_losses"])
-        if not balancer.is_static and self._decided is None:
-            # This is the whole window, or the gradients of tasks would be wanted: the weights are of these losses.
-            total = self._add_up_losses({task: value.detach() for task, value in losses.items()}, window)
-            factors = balancer.weigh(window, total, self.state.global_step, int(self.state.epoch or 0))
-            loss = loss * 0.0 + sum(factors[task] * value for task, value in losses.items())
-        if self.args.world_size > 1:
-            loss = loss * self.args.world_size  # data parallelism takes the mean over processes of what is a sum
-        return (loss, outputs) if return_outputs else loss
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `loss/<task>` and `share/<task>` to the log lines of training."""
+        """Add each task's loss and share, and what balancing and the scheme tell, to the log lines of training."""
         if self.tasks and "loss" in logs and "learning_rate" in logs:
             logs = logs | self.progress.drain(self.args.device, self.args.world_size)
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped
-            logs |= self.balancer.logs()
+            logs |= self.balancer.logs() | self.accelerator.unwrap_model(self.model).training_logs()
         super().log(logs, start_time)
 
     # ---- optimizer ----
@@ -320,7 +290,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         if given or rates == (None, None):
             return optimizer
         unwrapped = self.accelerator.unwrap_model(self.model if model is None else model)
-        heads = {id(p) for task in self.tasks for p in unwrapped.task_parameters(task.name)}
+        heads = {id(parameter) for parameter in unwrapped.heads.parameters()}
         groups = []
         for group in optimizer.param_groups:
             for in_head, rate in enumerate(rates):

@@ -24,10 +24,12 @@ class Window:
     Args:
         rows: Number of rows by task; a row that two tasks read counts for each.
         items: Number of labelled items by task: rows, or tokens for token-level tasks.
+        tokens: Number of tokens of all rows, each row counted once.
     """
 
     rows: dict[str, int]
     items: dict[str, int]
+    tokens: int = 0
 
     def shares(self, reduction: str = "rows") -> dict[str, float]:
         """Return each task's share of the loss; shares sum to 1.
@@ -48,7 +50,7 @@ class Window:
 def count_window(
     batches: Iterable[Mapping[str, Any]], tasks: Sequence[str], device: torch.device, num_processes: int = 1
 ) -> Window:
-    """Count rows and items of this process's micro-batches, and add up over processes.
+    """Count rows, items and tokens of this process's micro-batches, and add up over processes.
 
     With several processes this is a collective call: all must make it.
 
@@ -59,17 +61,21 @@ def count_window(
         num_processes: Number of processes.
     """
     counts = {task: [0, 0] for task in tasks}
+    tokens = 0
     for batch in batches:
+        tokens += batch.get("num_tokens", 0)
         for task, items in batch.get("num_items", {}).items():
             counts[task][0] += batch["segments"][task].rows
             counts[task][1] += items
-    values = list(counts.values())
+    values = [*counts.values(), [tokens, 0]]
     if num_processes > 1:
         table = torch.tensor(values, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(table)
         values = table.tolist()
-    present = {task: value for task, value in zip(tasks, values, strict=True) if value[0]}
-    return Window({task: rows for task, (rows, _) in present.items()}, {task: n for task, (_, n) in present.items()})
+    *of_tasks, (tokens, _) = values
+    present = {task: value for task, value in zip(tasks, of_tasks, strict=True) if value[0]}
+    rows, items = ({task: value[i] for task, value in present.items()} for i in (0, 1))
+    return Window(rows, items, tokens)
 
 
 @dataclass

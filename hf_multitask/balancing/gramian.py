@@ -44,9 +44,8 @@ class TaskGradients:
         process_index: Rank of this process.
         sharded: Whether the parameters are sharded (FSDP2): gradients then are reduced, and each process holds a part.
         tables: Parameters `[V, H]` whose gradients come as sparse rows; on one process only.
-
-    Raises:
-        ValueError: There is no shared parameter to combine gradients on.
+        device: Where the buffer is, if there is no shared parameter: tasks then have nothing to combine, but may
+            still be weighted.
     """
 
     def __init__(
@@ -57,6 +56,7 @@ class TaskGradients:
         process_index: int = 0,
         sharded: bool = False,
         tables: Iterable[nn.Parameter] = (),
+        device: torch.device | None = None,
     ) -> None:
         every = list(parameters)
         ends = [0, *itertools.accumulate(local(parameter).numel() for parameter in every)]
@@ -66,16 +66,11 @@ class TaskGradients:
         starts = {id(parameter): start for parameter, start in zip(every, ends, strict=False)}
         self._starts = [starts[id(parameter)] for parameter in self.parameters]
         self._tables = [SparseRows(p, num_tasks, starts[id(p)]) for p in every if id(p) in sparse]
-        if not every:
-            raise ValueError(
-                "no shared parameter is trained, so there are no gradients to combine: unfreeze the backbone (or add "
-                "adapters to it), or leave out gradient_combination"
-            )
         self._processes, self._rank, self._sharded = (1 if sharded else num_processes), process_index, sharded
         shapes = [local(parameter).shape for parameter in self.parameters]
         size = sum(shape.numel() for shape in shapes)
         padded = -(-size // self._processes) * self._processes
-        device = local(every[0]).device
+        device = local(every[0]).device if every else device
         self._buffer = torch.zeros(num_tasks, padded, dtype=torch.float32, device=device)
         self._views = [_cut(row, shapes) for row in self._buffer]
         self._filled = [False] * num_tasks

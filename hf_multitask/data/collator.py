@@ -31,8 +31,9 @@ class DataCollatorForMultiTask:
     The batch holds `input_ids`, `attention_mask` and, where a row has them, `token_type_ids`, all `[B, L]`;
     `task_ids` `[B]`, the index of the (first) task of each row; `segments`, per task the slice of its rows and the
     length of the longest; `labels`, per task its rows' labels only; `num_items`, per task the number of labelled
-    items, as plain numbers. Rows are grouped by source, the source with the longest row first, so that slices of
-    similar length lie side by side; within a source they keep their order. Padding is on the right.
+    items, and `num_tokens`, those of the batch without padding, as plain numbers. Rows are grouped by source, the
+    source with the longest row first, so that slices of similar length lie side by side; within a source they keep
+    their order. Padding is on the right.
 
     Args:
         tokenizer: Gives the padding ids (which are not 0 for every tokenizer).
@@ -82,8 +83,9 @@ class DataCollatorForMultiTask:
             batch["token_type_ids"] = self._pad(ordered, "token_type_ids", longest)
         batch["task_ids"] = torch.tensor([first for _, first, _, group in slices for _ in group])
         batch["segments"], batch["labels"], batch["num_items"] = _group_labels(slices)
+        batch["num_tokens"] = int(lengths.sum())
         if not batch["labels"]:
-            del batch["labels"], batch["num_items"]
+            del batch["labels"], batch["num_items"], batch["num_tokens"]
         return batch
 
     def _plan(self, source: Source) -> _Plan:

@@ -38,6 +38,7 @@ class HardSharingModel(MultiTaskModel):
     """
 
     config_class = HardSharingConfig
+    supports_sharding = True
 
     def __init__(self, config: HardSharingConfig, backbone: PreTrainedModel | None = None) -> None:
         """Build the backbone and the heads."""

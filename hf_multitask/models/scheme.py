@@ -34,6 +34,8 @@ class SharingScheme(PreTrainedModel, ABC):
 
     # Whether the backbone stays as it is, while other parts are trained.
     freezes_backbone: ClassVar[bool] = False
+    # Whether FSDP and DeepSpeed may shard its parameters: every process must run the same modules.
+    supports_sharding: ClassVar[bool] = False
     # Whether a pass of the encoder is for the rows of one task only.
     one_task_per_pass: ClassVar[bool] = False
 

@@ -134,9 +134,14 @@ def test_sketches_come_near_the_gramian(parameters):
 
 
 def test_without_parameters_there_is_nothing_to_combine():
-    for kind in (TaskGradients, TaskSketches):
-        with pytest.raises(ValueError, match="no shared parameter is trained"):
-            kind([], 2)
+    with pytest.raises(ValueError, match="no shared parameter is trained"):
+        TaskSketches([], 2)
+    # Tasks that share nothing may still be weighted; the trainer refuses to combine them.
+    nothing = TaskGradients([], 2, device=torch.device("cpu"))
+    nothing.move(0)
+    nothing.reduce([0, 1])
+    assert torch.equal(nothing.gramian([0, 1]), torch.zeros(2, 2, dtype=torch.float64))
+    nothing.write([0, 1], torch.ones(2))
 
 
 def test_graddrop_keeps_one_sign_and_all_where_they_agree():
