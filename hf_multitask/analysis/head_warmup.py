@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..models.base import MultiTaskModel
 from ..models.heads import IGNORE_INDEX, TaskHead, TokenHead, pool
+from ..models.native_head import NativeLayers
 from .rows import draw_batches, move_to
 
 __all__ = ["Features", "cache_features", "fit_head"]
@@ -77,9 +78,10 @@ def _inputs_of_heads(model: MultiTaskModel) -> Iterator[dict[str, tuple[Tensor, 
 
 def _items(name: str, head: TaskHead, hidden: Tensor, mask: Tensor | None, labels: Tensor) -> Features:
     """Return `[N, H]` and the labels of N items: rows, or labelled tokens."""
-    if type(head).forward is TaskHead.forward:
+    native = isinstance(head.layers, NativeLayers)
+    if type(head).forward is TaskHead.forward and not native:
         return pool(hidden, mask, head.pooling), labels
-    if isinstance(head, TokenHead):
+    if isinstance(head, TokenHead) and not native:
         labelled = labels != IGNORE_INDEX
         # Labels `[N, 1]`: each token as a text of its own.
         return hidden[:, : labels.shape[1]][labelled.to(hidden.device)], labels[labelled].unsqueeze(1)

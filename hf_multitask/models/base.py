@@ -67,7 +67,10 @@ class MultiTaskModel(SharingScheme):
         pooling = config.pooling or default_pooling(config.backbone_config)
         width = config.get_text_config().hidden_size
         self.heads = nn.ModuleDict(
-            {task.name: make_head(task, width, pooling, config.head_dropout) for task in self.tasks}
+            {
+                task.name: make_head(task, width, pooling, config.head_dropout, config.backbone_config)
+                for task in self.tasks
+            }
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +45,14 @@ class HardSharingModel(MultiTaskModel):
         """Build the backbone and the heads."""
         super().__init__(config, backbone)
         self.post_init()
+
+    def merged_backbone(self) -> PreTrainedModel:
+        """Return a copy of the backbone, which all tasks have."""
+        return copy.deepcopy(self.backbone)
+
+    def task_backbone(self, name: str) -> PreTrainedModel:
+        """Return a copy of the backbone, which each task has."""
+        return self.merged_backbone()
 
     def encode(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the backbone on some rows."""

@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from .native_head import NativeLayers
 from .task import Task, TaskType
 
 __all__ = ["HEADS", "TaskHead", "make_head", "pool"]
@@ -55,13 +57,28 @@ class TaskHead(nn.Module, ABC):
         hidden_size: Width H of the encoder's hidden states.
         pooling: Pooling used where the task leaves it open.
         dropout: Dropout probability used where the task leaves it open.
+        backbone_config: The backbone's configuration, for the head that Transformers itself gives it.
     """
 
-    def __init__(self, task: Task, hidden_size: int, pooling: str = "mean", dropout: float = 0.1) -> None:
-        """Build the layers: `dropout, linear, GELU, linear` or `dropout, linear`."""
+    layers: nn.Module
+
+    def __init__(
+        self,
+        task: Task,
+        hidden_size: int,
+        pooling: str = "mean",
+        dropout: float = 0.1,
+        backbone_config: PreTrainedConfig | None = None,
+    ) -> None:
+        """Build the layers: `dropout, linear, GELU, linear` or `dropout, linear`, or those of Transformers."""
         super().__init__()
         self.pooling = task.pooling or pooling
         self.label_smoothing = task.label_smoothing
+        if task.head == "native":
+            if backbone_config is None:
+                raise ValueError(f"task {task.name!r}: head 'native' needs the backbone's configuration")
+            self.layers = NativeLayers(task, backbone_config)
+            return
         layers: list[nn.Module] = [nn.Dropout(dropout if task.head_dropout is None else task.head_dropout)]
         width = hidden_size
         if task.head == "mlp":
@@ -72,6 +89,8 @@ class TaskHead(nn.Module, ABC):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return the logits, `[B, C]`, of hidden states `[B, L, H]`."""
+        if isinstance(self.layers, NativeLayers):
+            return self.layers(hidden, attention_mask)
         return self.layers(pool(hidden, attention_mask, self.pooling))
 
     @abstractmethod
@@ -130,6 +149,8 @@ class TokenHead(SingleLabelHead):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return the logits of every token, `[B, L, C]`."""
+        if isinstance(self.layers, NativeLayers):
+            return self.layers(hidden, attention_mask)
         return self.layers(hidden)
 
     def row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -151,6 +172,8 @@ HEADS: dict[TaskType, type[TaskHead]] = {
 }
 
 
-def make_head(task: Task, hidden_size: int, pooling: str, dropout: float) -> TaskHead:
+def make_head(
+    task: Task, hidden_size: int, pooling: str, dropout: float, backbone_config: PreTrainedConfig | None = None
+) -> TaskHead:
     """Return the head of a task over hidden states of width `hidden_size`."""
-    return HEADS[task.type](task, hidden_size, pooling, dropout)
+    return HEADS[task.type](task, hidden_size, pooling, dropout, backbone_config)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from .heads import TaskHead
 from .rows import CurrentRows
 from .task import Task
+
+if TYPE_CHECKING:
+    from .base import MultiTaskModel
 
 __all__ = ["SharingScheme"]
 
@@ -96,6 +99,31 @@ class SharingScheme(PreTrainedModel, ABC):
         """Return what the configuration must remember of a backbone and where it came from."""
         return {}
 
+    def merged_backbone(self) -> PreTrainedModel:
+        """Return one plain backbone that stands for what all tasks have learned, as a copy.
+
+        Raises:
+            ValueError: The scheme has no such thing.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot change its scheme: what it has learned for each task is not one backbone's "
+            "weights; begin with HardSharingModel or SoftSharingModel"
+        )
+
+    def task_backbone(self, name: str) -> PreTrainedModel:
+        """Return a plain backbone that encodes texts as this model does for one task, as a copy.
+
+        Raises:
+            ValueError: The scheme computes more than a backbone does.
+        """
+        raise ValueError(
+            f"task {name!r}: {type(self).__name__} computes more than its backbone does, so the task is no plain "
+            "model; export it with native=False"
+        )
+
+    def check_selection(self, names: Sequence[str]) -> None:
+        """Raise ValueError where a model of some tasks alone would not compute what this one does."""
+
     def load_adapters(self, folder: str | Path) -> None:
         """Load what is saved beside `model.safetensors`; nothing for most schemes."""
 
@@ -104,6 +132,18 @@ class SharingScheme(PreTrainedModel, ABC):
         return set()
 
     # ---- what follows from it ----
+
+    def to_scheme(self, scheme: str, **options: Any) -> MultiTaskModel:
+        """Return a model of another sharing scheme that goes on where this one is; see [`conversion.convert`]."""
+        from .conversion import convert
+
+        return convert(cast("MultiTaskModel", self), scheme, **options)
+
+    def export_task(self, name: str, folder: str | Path, native: bool | None = None) -> None:
+        """Write a folder with one task only; see [`conversion.export_task`]."""
+        from .conversion import export_task
+
+        export_task(cast("MultiTaskModel", self), name, folder, native)
 
     def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters that only the named task trains."""

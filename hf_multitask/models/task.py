@@ -41,7 +41,7 @@ class TaskType(str, Enum):
 _DEFAULT_TEXT_COLUMNS = {TaskType.TOKEN_CLASSIFICATION: ("tokens",)}
 _DEFAULT_LABEL_COLUMN = {TaskType.TOKEN_CLASSIFICATION: "tags", TaskType.MULTI_LABEL_CLASSIFICATION: "labels"}
 _POOLINGS = ("mean", "first", "last")
-_HEADS = ("mlp", "linear")
+_HEADS = ("mlp", "linear", "native")
 
 
 def closest(name: object, known: Iterable[str]) -> str:
@@ -70,7 +70,9 @@ class Task:
         auxiliary: The task is trained only to help others: it counts in no average and is not predicted.
         pooling: How a text becomes one vector: `mean` over its real tokens, `first` or `last` real token (default:
             the model's). Not used for `token_classification`.
-        head: `mlp` (dropout, linear to half the width, GELU, linear) or `linear` (dropout, one linear layer).
+        head: `mlp` (dropout, linear to half the width, GELU, linear), `linear` (dropout, one linear layer), or
+            `native`: what Transformers itself puts on the backbone, so that the exported task loads in its own
+            `AutoModelForSequenceClassification` or `AutoModelForTokenClassification`.
         head_dropout: Dropout in front of the head, in [0, 1) (default: the model's `head_dropout`).
         label_smoothing: Weight of the uniform distribution in the target of a cross-entropy, in [0, 1).
         max_length: Longest input in tokens, special tokens included (default: the training argument's).
@@ -165,6 +167,8 @@ class Task:
             raise self._fail(f"pooling {self.pooling!r} is not one of {', '.join(_POOLINGS)}")
         if self.head not in _HEADS:
             raise self._fail(f"head {self.head!r} is not one of {', '.join(_HEADS)}")
+        if self.head == "native" and (self.pooling is not None or self.head_dropout is not None):
+            raise self._fail("pooling and head_dropout of head 'native' are the backbone's own; leave them out")
         for field in ("head_dropout", "label_smoothing"):
             value = getattr(self, field)
             if value is not None and not (_is_number(value) and 0.0 <= value < 1.0):

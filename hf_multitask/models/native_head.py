@@ -1,0 +1,116 @@
+"""The heads that Transformers itself puts on a backbone, so that an exported task loads without this library.
+
+`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` give each family a head of its own (BERT
+has a tanh pooler in front, RoBERTa two layers on the first token, ModernBERT a norm, decoders the last token). A
+[`NativeLayers`] holds such a model without its backbone: in the backbone's place stands a module that returns the
+hidden states which the multi-task model has computed already.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from .task import Task, TaskType
+
+__all__ = ["NativeLayers", "native_config", "native_model"]
+
+_PROBLEMS = (
+    TaskType.SINGLE_LABEL_CLASSIFICATION,
+    TaskType.MULTI_LABEL_CLASSIFICATION,
+    TaskType.REGRESSION,
+)
+
+
+def native_config(task: Task, backbone_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the backbone's configuration with the labels of a task, as a plain model for the task has it."""
+    config = copy.deepcopy(backbone_config)
+    names = task.labels or [f"LABEL_{number}" for number in range(task.num_outputs)]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    if task.type in _PROBLEMS:
+        config.problem_type = task.type.value  # type: ignore[assignment]
+    return config
+
+
+def native_model(task: Task, backbone_config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a new model of Transformers' own class for a task over a backbone.
+
+    Raises:
+        ValueError: Transformers has no such model for the task's type or for the backbone.
+    """
+    auto: Any = AutoModelForTokenClassification
+    if task.type in _PROBLEMS:
+        auto = AutoModelForSequenceClassification
+    elif task.type is not TaskType.TOKEN_CLASSIFICATION:
+        raise ValueError(f"task {task.name!r}: head 'native' is not there for {task.type}; take 'mlp' or 'linear'")
+    if type(backbone_config) not in auto._model_mapping:
+        raise ValueError(
+            f"task {task.name!r}: {auto.__name__} knows no {backbone_config.model_type!r}, so there is no head "
+            "'native'; take 'mlp' or 'linear'"
+        )
+    return auto.from_config(native_config(task, backbone_config))
+
+
+class _GivenHidden(nn.Module):
+    """Stands where the backbone was, and returns hidden states that were computed elsewhere."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        pooler = getattr(backbone, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            self.pooler = pooler
+        self.hidden: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        hidden, self.hidden = cast(Tensor, self.hidden), None
+        pooler = getattr(self, "pooler", None)
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden,  # type: ignore[arg-type]
+            pooler_output=pooler(hidden) if pooler is not None else None,
+        )
+
+
+class NativeLayers(nn.Module):
+    """A model of Transformers' own for a task, without the backbone.
+
+    Args:
+        task: The task.
+        backbone_config: The backbone's configuration.
+    """
+
+    def __init__(self, task: Task, backbone_config: PreTrainedConfig) -> None:
+        super().__init__()
+        outer = torch.empty(0).device  # `meta` where a checkpoint is going to fill all parameters in
+        with torch.device("meta"):  # the backbone in it is not needed, and may be large
+            model = native_model(task, backbone_config)
+        prefix = model.base_model_prefix
+        setattr(model, prefix, _GivenHidden(getattr(model, prefix)))
+        if outer.type != "meta":
+            model.to_empty(device=outer)
+            for module in model.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+        self.native = model
+        self._pad = backbone_config.get_text_config().pad_token_id or 0
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return the logits, `[B, C]` or `[B, L, C]`, of hidden states `[B, L, H]`."""
+        if attention_mask is None:
+            attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        # Decoders look for the last token that is not padding; which other token it is makes no difference.
+        tokens = torch.where(attention_mask.bool(), self._pad + 1, self._pad)
+        model = cast(Any, self.native)
+        getattr(model, model.base_model_prefix).hidden = hidden
+        return model(input_ids=tokens, attention_mask=attention_mask, return_dict=True).logits
