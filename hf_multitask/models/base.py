@@ -165,8 +165,8 @@ class MultiTaskModel(SharingScheme):
             token_type_ids: `[B, L]`, for backbones that take them.
             position_ids: `[B, L]`, for backbones that take them.
             inputs_embeds: `[B, L, H]` in place of `input_ids`.
-            task_ids: `[B]`, index of the task that conditions each row; only conditioned schemes read it. Without it
-                the segments say whose rows they are.
+            task_ids: `[B]`, index of the task of each row, as the collator gives it. Not read here: the segments say
+                the same in plain numbers.
             segments: Which rows belong to which task. Padding must then be on the right. Without it every task that
                 is not auxiliary is computed for all rows, from one pass: the way to serve.
             labels: Per task, the labels of its rows only.
@@ -200,7 +200,6 @@ class MultiTaskModel(SharingScheme):
             "token_type_ids": token_type_ids,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
-            "task_ids": task_ids,
         }
         internals = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         # None stays unsaid, so that the configuration's own setting holds.
@@ -218,7 +217,7 @@ class MultiTaskModel(SharingScheme):
         for part in self._plan(segments, whole, cost, single_pass or wants_internals):
             inputs = cut_rows(tensors, part)
             mask = inputs.get("attention_mask")
-            with self.rows.use(self._rows_of(part, segments, inputs.get("task_ids"), mask, main.device)):
+            with self.rows.use(self._rows_of(part, segments, mask, main.device)):
                 encoded = self.encode(**inputs, **extras)
             for name in part.tasks:
                 own = slice(segments[name].start - part.start, segments[name].stop - part.start)
@@ -259,30 +258,25 @@ class MultiTaskModel(SharingScheme):
     ) -> list[EncoderPass]:
         """Return the passes that some segments take."""
         slices = sorted((segment.start, segment.stop) for segment in segments.values())
-        overlap = any(one[1] > other[0] for one, other in itertools.pairwise(slices))
-        if self.one_task_per_pass or (overlap and not self.shares_rows):
+        side_by_side = all(one[1] == other[0] for one, other in itertools.pairwise(slices))
+        if self.one_task_per_pass or not (self.shares_rows or side_by_side):
             return [EncoderPass(s.start, s.stop, s.length, (name,)) for name, s in segments.items()]
         if single_pass:
             return [EncoderPass(whole.start, whole.stop, whole.length, tuple(segments))]
         return plan_passes(segments, cost_in_tokens)
 
     def _rows_of(
-        self,
-        part: EncoderPass,
-        segments: Mapping[str, Segment],
-        ids: Tensor | None,
-        mask: Tensor | None,
-        device: torch.device,
+        self, part: EncoderPass, segments: Mapping[str, Segment], mask: Tensor | None, device: torch.device
     ) -> RowTasks:
         """Return whose rows a pass has."""
         slices = [(segments[name].start - part.start, segments[name].stop - part.start, name) for name in part.tasks]
         rows = tuple((name, start, stop) for start, stop, name in sorted(slices))
         if self.shares_rows:
             return RowTasks(rows, None, mask)
-        if ids is None or len(part.tasks) == 1:  # several tasks may read these rows, one after the other
-            numbers = {task.name: number for number, task in enumerate(self.tasks)}
-            parts = [torch.full((stop - start,), numbers[name], device=device) for name, start, stop in rows]
-            ids = torch.cat(parts) if len(parts) > 1 else parts[0]
+        numbers = {task.name: number for number, task in enumerate(self.tasks)}
+        ids = torch.zeros(part.stop - part.start, dtype=torch.long, device=device)
+        for name, start, stop in rows:
+            ids[start:stop] = numbers[name]
         return RowTasks(rows, ids, mask)
 
     def _weigh(

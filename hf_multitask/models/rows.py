@@ -55,16 +55,22 @@ class CurrentRows:
 
     def carry(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a checkpointing function, `(function, *args) -> result`: repetitions see the rows of their pass."""
+        return _WithRows(self, checkpoint)
 
-        def with_rows(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            rows, calls = self.value, 0
 
-            def seeing(*inner: Any, **options: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                with self.use(rows if rows is None or calls == 1 else replace(rows, repeated=True)):
-                    return function(*inner, **options)
+class _WithRows:
+    """What [`CurrentRows.carry`] returns: an object, so that the deep copy of a model carries the copy's own rows."""
 
-            return checkpoint(seeing, *args, **kwargs)
+    def __init__(self, current: CurrentRows, checkpoint: Callable[..., Any]) -> None:
+        self.current, self.checkpoint = current, checkpoint
 
-        return with_rows
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        rows, calls = self.current.value, 0
+
+        def seeing(*inner: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            with self.current.use(rows if rows is None or calls == 1 else replace(rows, repeated=True)):
+                return function(*inner, **options)
+
+        return self.checkpoint(seeing, *args, **kwargs)
