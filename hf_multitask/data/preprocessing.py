@@ -41,7 +41,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrained
     if len(tokenizer) > embeddings:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the backbone embeddings for {embeddings}: they do not belong "
-            "together, or tokens were added; then call model.backbone.resize_token_embeddings(len(tokenizer))"
+            "together, or tokens were added; then call model.resize_token_embeddings(len(tokenizer))"
         )
 
 

@@ -39,8 +39,6 @@ class SharingScheme(PreTrainedModel, ABC):
     freezes_backbone: ClassVar[bool] = False
     # Whether FSDP and DeepSpeed may shard its parameters: every process must run the same modules.
     supports_sharding: ClassVar[bool] = False
-    # Whether a pass of the encoder is for the rows of one task only.
-    one_task_per_pass: ClassVar[bool] = False
 
     tasks: list[Task]
     heads: nn.ModuleDict
@@ -60,6 +58,11 @@ class SharingScheme(PreTrainedModel, ABC):
     def shares_rows(self) -> bool:
         """Whether rows that feed several tasks need only one pass of the encoder."""
         return True
+
+    @property
+    def one_task_per_pass(self) -> bool:
+        """Whether a pass of the encoder is for the rows of one task only."""
+        return False
 
     def task_modules(self, name: str) -> list[nn.Module]:
         """Return the modules that one task alone trains."""
