@@ -16,6 +16,7 @@ from .balancing.gramian import TaskGradients
 from .balancing.sketch import TaskSketches
 from .guard import LossGuard
 from .models.passes import Segment, cut_rows
+from .models.scheme import SharingScheme
 from .models.task import Task
 from .training_args import MultiTaskTrainingArguments
 from .window import TaskProgress, Window
@@ -265,17 +266,27 @@ class MultiTaskBalancing(Trainer):
 
     def _write_added(self, model: Any) -> None:
         """Add the gradient of what the scheme adds to the loss; a collective call."""
-        if self._added and self.args.world_size > 1 and self.accelerator.distributed_type != DistributedType.FSDP:
-            flat = torch.cat([grad.reshape(-1).float() for grad in self._added.values()])
-            torch.distributed.all_reduce(flat)
-            parts = flat.split([grad.numel() for grad in self._added.values()])
-            self._added = {p: part.view_as(p).to(p.dtype) for p, part in zip(self._added, parts, strict=True)}
+        adds = type(model).pass_losses is not SharingScheme.pass_losses
+        if adds and self.args.world_size > 1 and self.accelerator.distributed_type != DistributedType.FSDP:
+            self._add_up_added([parameter for parameter in model.parameters() if parameter.requires_grad])
         penalty = model.penalty()
         if penalty is not None:  # of parameters, which are the same on every process
             self._keep_added(model, penalty)
         for parameter, grad in self._added.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         self._added = {}
+
+    def _add_up_added(self, parameters: list[nn.Parameter]) -> None:
+        """Add up what the scheme adds over processes; each may have another part of it."""
+        here = torch.tensor([float(p in self._added) for p in parameters], device=self.args.device)
+        torch.distributed.all_reduce(here)
+        found = [p for p, count in zip(parameters, here.tolist(), strict=True) if count]
+        if not found:
+            return
+        flat = torch.cat([self._added.get(p, torch.zeros_like(p)).reshape(-1).float() for p in found])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([p.numel() for p in found])
+        self._added = {p: part.view_as(p).to(p.dtype) for p, part in zip(found, parts, strict=True)}
 
     def _second_pass(self, model: nn.Module, factors: dict[str, float], window: Any) -> None:
         """Run a window again as a whole, with the weights and coefficients that were decided from its sketches."""

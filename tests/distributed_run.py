@@ -10,7 +10,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import BACKBONES, make_datasets, make_tasks, make_tokenizer
 
-from hf_multitask import HardSharingModel, MultiTaskTrainer, MultiTaskTrainingArguments
+from hf_multitask import MultiTaskTrainer, MultiTaskTrainingArguments
+from hf_multitask.data.sources import make_sources
+from hf_multitask.models.auto import SCHEMES
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -32,12 +34,17 @@ def shard_on_the_cpu() -> None:
 def main(
     out: str, composition: str, reduction: str, sampling: str = "weighted", resume: str = "", extra: str = "{}"
 ) -> None:
+    settings = json.loads(extra)
+    scheme = SCHEMES[settings.pop("scheme", "hard")]
     torch.manual_seed(0)
-    model = HardSharingModel.from_backbone(BACKBONES["bert"](), make_tasks())
+    model = scheme.from_backbone(BACKBONES["bert"](), make_tasks(), **settings.pop("options", {}))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             # Which random numbers a row gets depends on the layout; a run that goes on has that of its first part.
             module.p = 0.1 if resume else 0.0
+    # `traits` has no rows at all, `names` none in some micro-batches of some processes
+    parts = {"reviews": 6, "traits": 0, "names": 1}
+    shares = {source.name: parts[source.dataset] for source in make_sources(model.tasks, model.shares_rows)}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = MultiTaskTrainingArguments(
         os.path.dirname(resume) or tempfile.mkdtemp(),
@@ -57,9 +64,8 @@ def main(
         batch_composition=composition,
         loss_reduction=reduction,
         task_sampling="temperature" if sampling == "streams" else sampling,
-        # `traits` has no rows at all, `names` none in some micro-batches of some processes
-        task_sampling_kwargs={"weights": {"reviews": 6, "traits": 0, "names": 1}} if sampling == "weighted" else None,
-        **json.loads(extra),
+        task_sampling_kwargs={"weights": shares} if sampling == "weighted" else None,
+        **settings,
     )
     shard_on_the_cpu()
     datasets = make_datasets(rows=44)
@@ -68,7 +74,7 @@ def main(
         args.dataset_sizes = {name: len(part) for name, part in datasets.items()}
         train = {name: part.to_iterable_dataset(num_shards=2) for name, part in datasets.items()}
         train["traits"] = train["traits"].shuffle(seed=1, buffer_size=6)
-    idle = [whole(parameter) for parameter in model.heads["traits"].parameters()]
+    idle = [whole(parameter) for parameter in model.idle_parameters("traits")]
     trainer = MultiTaskTrainer(
         model, args, train_dataset=train, eval_dataset=datasets, processing_class=make_tokenizer()
     )
@@ -79,7 +85,7 @@ def main(
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     else:
         weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
-    now = [whole(parameter) for parameter in model.heads["traits"].parameters()]
+    now = [whole(parameter) for parameter in model.idle_parameters("traits")]
     if trainer.is_world_process_zero():
         logs = [line for line in trainer.state.log_history if "loss" in line]
         torch.save(

@@ -155,6 +155,35 @@ def test_balanced_on_two_processes_equals_one(tmp_path, alone, options, sharded)
             assert other[key] == pytest.approx(line[key], rel=1e-5, abs=1e-5), key
 
 
+SCHEME_RUNS = {
+    "soft": dict(scheme="soft"),
+    "soft, cross-stitched": dict(scheme="soft", options={"cross_stitch": True}),
+    "conditioned": dict(scheme="conditioned"),
+    "prefix": dict(scheme="prefix", options={"num_virtual_tokens": 3}),
+    "adapter": dict(scheme="adapter", options={"shared_rank": 2}),
+    "mixture": dict(scheme="mixture_of_experts", options={"num_experts": 4, "router_noise": 0.0}),
+    "mixture, combined": dict(
+        scheme="mixture_of_experts",
+        options={"num_experts": 4, "router_noise": 0.0, "router_task_embedding": True},
+        gradient_combination="upgrad",
+    ),
+    "conditioned, combined": dict(scheme="conditioned", gradient_combination="upgrad"),
+    "soft, weighted": dict(scheme="soft", loss_weighting="uncertainty"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("soft", "mixture, combined") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in SCHEME_RUNS
+    ],
+)
+def test_every_scheme_on_two_processes_equals_one(tmp_path, alone, kind):
+    arguments = ("mixed", "rows", "weighted", "", json.dumps(SCHEME_RUNS[kind]))
+    check_equal(alone(*arguments), launch(tmp_path, 2, *arguments))
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_equals_one_process(tmp_path, alone, stage):
     pytest.importorskip("deepspeed")

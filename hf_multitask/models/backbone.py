@@ -19,6 +19,7 @@ from transformers.utils import logging
 __all__ = [
     "align_memory",
     "backbone_options",
+    "cast_parameters",
     "default_pooling",
     "load_backbone",
     "sharding_units",
@@ -89,6 +90,15 @@ def align_memory(model: PreTrainedModel) -> None:
         if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
             with torch.no_grad():
                 parameter.data = parameter.data.clone()
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of a model's parameters, as loading does.
+
+    Buffers stay: frequencies of rotary positions are in float32 whatever the model's dtype.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def weights_hash(model: nn.Module) -> str:

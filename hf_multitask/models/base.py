@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from .backbone import align_memory, backbone_options, default_pooling, load_backbone
+from .backbone import align_memory, backbone_options, cast_parameters, default_pooling, load_backbone
 from .configuration import MultiTaskConfig
 from .heads import TaskHead, make_head
 from .output import MultiTaskOutput, task_losses
@@ -117,7 +117,8 @@ class MultiTaskModel(SharingScheme):
         )
         wrapped = cls(config, model)
         wrapped.config.dtype = model.dtype
-        return wrapped.to(model.dtype).eval()  # type: ignore[arg-type]
+        cast_parameters(wrapped, model.dtype)
+        return wrapped.eval()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -211,6 +212,8 @@ class MultiTaskModel(SharingScheme):
             }
         if not segments:
             raise ValueError("segments is empty")
+        for name in segments:
+            self._head(name)
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
         encoded: Any = None
         own_rows: dict[str, tuple[Tensor, Tensor | None]] = {}

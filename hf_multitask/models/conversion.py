@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .auto import SCHEMES
+from .backbone import cast_parameters
 from .base import MultiTaskModel
 from .native_head import NativeLayers, native_model
 from .task import Task, closest
@@ -60,7 +61,10 @@ def select_tasks(model: MultiTaskModel, names: Sequence[str]) -> MultiTaskModel:
     model.check_selection(names)
     config = copy.deepcopy(model.config)
     config.tasks = [task.to_dict() for task in tasks]
-    result = type(model)(config).to(model.dtype).to(model.device)  # type: ignore[arg-type]
+    scheme: Any = type(model)
+    result = scheme(config)
+    cast_parameters(result, model.dtype)
+    result.to(model.device)  # type: ignore[arg-type]
     tensors = model.state_dict()
     # Whose a tensor is stands in its name: those of tasks that are left out find no place.
     result.load_state_dict({name: tensors[name] for name in result.state_dict()})
@@ -88,8 +92,9 @@ def plain_model(model: MultiTaskModel, name: str) -> PreTrainedModel:
     backbone = model.task_backbone(name)
     plain = native_model(task, backbone.config)
     state = {f"{plain.base_model_prefix}.{key}": value for key, value in backbone.state_dict().items()}
+    cast_parameters(plain, model.dtype)
     plain.load_state_dict(state | layers.native.state_dict())
-    return plain.to(model.dtype).to(model.device).eval()  # type: ignore[arg-type]
+    return plain.to(model.device).eval()  # type: ignore[arg-type]
 
 
 def export_task(model: MultiTaskModel, name: str, folder: str | Path, native: bool | None = None) -> None:

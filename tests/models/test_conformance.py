@@ -50,6 +50,12 @@ EXCEPTIONS = {
 # Only models in a table of Transformers' own are held to these. Ours keep to them as well.
 OF_BASE_MODELS = ("test_inputs_embeds_matches_input_ids", "test_model_forward_default_config_values")
 
+OPTIONS = {
+    (SCHEMES["adapter"], "distilbert"): {"target_modules": ["q_lin", "v_lin"]},
+    (SCHEMES["adapter"], "modernbert"): {"target_modules": ["Wqkv", "Wo"]},
+}
+"""What a scheme has to be told about a backbone."""
+
 PACKAGE = "_transformers_tests"
 SOURCE = "tests/test_modeling_common.py"
 # Bases for exporting and generating, which the archive leaves out, by their modules.
@@ -120,7 +126,9 @@ class ModelTester:
 
     def get_config(self) -> MultiTaskConfig:
         tasks = [task.to_dict() for task in make_tasks()]
-        return self.model_class.config_class(backbone_config=BACKBONES[self.backbone]().config, tasks=tasks)
+        config = BACKBONES[self.backbone]().config
+        options = OPTIONS.get((self.model_class, self.backbone), {})
+        return self.model_class.config_class(backbone_config=config, tasks=tasks, **options)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MultiTaskConfig, dict]:
         ids = torch.randint(5, 90, (self.batch_size, self.seq_length))
