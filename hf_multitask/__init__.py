@@ -13,39 +13,67 @@ __version__ = version("hf_multitask")
 
 if TYPE_CHECKING:
     from .analysis.conflict import gradient_conflicts
+    from .analysis.routing import routing
     from .data.collator import DataCollatorForMultiTask
+    from .models.adapter import AdapterConfig, AdapterModel
+    from .models.conditioned import ConditionedConfig, ConditionedModel
     from .models.hard_sharing import HardSharingConfig, HardSharingModel
+    from .models.mixture_of_experts import MixtureOfExpertsConfig, MixtureOfExpertsModel
+    from .models.prefix import PrefixConfig, PrefixModel
+    from .models.soft_sharing import SoftSharingConfig, SoftSharingModel
     from .models.task import Task, TaskType
     from .trainer import MultiTaskSeq2SeqTrainer, MultiTaskTrainer, MultiTaskTrainerMixin
     from .training_args import MultiTaskSeq2SeqTrainingArguments, MultiTaskTrainingArguments
 
 _HOMES = {
+    "AdapterConfig": "models.adapter",
+    "AdapterModel": "models.adapter",
+    "ConditionedConfig": "models.conditioned",
+    "ConditionedModel": "models.conditioned",
     "DataCollatorForMultiTask": "data.collator",
     "HardSharingConfig": "models.hard_sharing",
     "HardSharingModel": "models.hard_sharing",
+    "MixtureOfExpertsConfig": "models.mixture_of_experts",
+    "MixtureOfExpertsModel": "models.mixture_of_experts",
     "MultiTaskSeq2SeqTrainer": "trainer",
     "MultiTaskSeq2SeqTrainingArguments": "training_args",
     "MultiTaskTrainer": "trainer",
     "MultiTaskTrainerMixin": "trainer",
     "MultiTaskTrainingArguments": "training_args",
+    "PrefixConfig": "models.prefix",
+    "PrefixModel": "models.prefix",
+    "SoftSharingConfig": "models.soft_sharing",
+    "SoftSharingModel": "models.soft_sharing",
     "Task": "models.task",
     "TaskType": "models.task",
     "gradient_conflicts": "analysis.conflict",
+    "routing": "analysis.routing",
 }
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterModel",
     "AutoModelForMultiTask",
+    "ConditionedConfig",
+    "ConditionedModel",
     "DataCollatorForMultiTask",
     "HardSharingConfig",
     "HardSharingModel",
+    "MixtureOfExpertsConfig",
+    "MixtureOfExpertsModel",
     "MultiTaskSeq2SeqTrainer",
     "MultiTaskSeq2SeqTrainingArguments",
     "MultiTaskTrainer",
     "MultiTaskTrainerMixin",
     "MultiTaskTrainingArguments",
+    "PrefixConfig",
+    "PrefixModel",
+    "SoftSharingConfig",
+    "SoftSharingModel",
     "Task",
     "TaskType",
     "gradient_conflicts",
+    "routing",
 ]
 
 

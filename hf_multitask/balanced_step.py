@@ -95,8 +95,7 @@ class MultiTaskBalancing(Trainer):
             },
             loss_weights=balancer.factors(window) if self._decided is None else self._decided,
             gradient_scales=scales if balancer.combines else None,
-            # Once in a step: in the micro-batch that ends it, an equal part on each process.
-            penalty_scale=1 / self.args.world_size if self.accelerator.sync_gradients else 0.0,
+            penalty_scale=0.0,  # it is added once, at the end of the step
             single_pass=self.accelerator.distributed_type in _SHARDED,
             run_every_head=self.args.world_size > 1,
         )
@@ -269,9 +268,6 @@ class MultiTaskBalancing(Trainer):
         adds = type(model).pass_losses is not SharingScheme.pass_losses
         if adds and self.args.world_size > 1 and self.accelerator.distributed_type != DistributedType.FSDP:
             self._add_up_added([parameter for parameter in model.parameters() if parameter.requires_grad])
-        penalty = model.penalty()
-        if penalty is not None:  # of parameters, which are the same on every process
-            self._keep_added(model, penalty)
         for parameter, grad in self._added.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         self._added = {}

@@ -263,6 +263,11 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             loss = self._combine(model, num_items_in_batch)
         unwrapped: Any = self.accelerator.unwrap_model(model)
         unwrapped.finish_window()
+        if bad is None:
+            # Of parameters, which are the same on every process: each adds all of it.
+            scaler = self.accelerator.scaler
+            penalty = unwrapped.add_penalty_gradient(1.0 if scaler is None else scaler.get_scale())
+            loss = loss if penalty is None else loss + penalty
         if self.args.world_size > 1:
             for task in self.tasks:
                 if task.name not in num_items_in_batch.rows:

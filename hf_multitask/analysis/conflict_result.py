@@ -12,7 +12,7 @@ import numpy as np
 
 from .plots import draw_matrix
 
-__all__ = ["GradientConflicts", "TaskPair"]
+__all__ = ["GradientConflicts", "TaskPair", "align_columns"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class GradientConflicts:
         tasks = [["task", "loss", "gradient norm", "agreement of batches"]]
         for name, loss, norm, own in zip(self.tasks, self.losses, self.norms, self.reproducibility, strict=True):
             tasks.append([name, f"{loss:.3g}", f"{norm:.3g}", f"{own:.2f}"])
-        parts = [_table(pairs, {2}), _table(tasks, {1, 2, 3})]
+        parts = [align_columns(pairs, {2}), align_columns(tasks, {1, 2, 3})]
         if not all(pair.certain for pair in self.pairs()):
             parts.insert(1, f"? the interval crosses a threshold ({self.thresholds[0]:g} or {self.thresholds[1]:g})\n")
         else:
@@ -163,7 +163,7 @@ class GradientConflicts:
         draw_matrix(path, self.tasks, self.cosines, texts, f"cosine of gradients, mean of {self.batches} batches")
 
 
-def _table(rows: Sequence[Sequence[str]], right: set[int]) -> str:
+def align_columns(rows: Sequence[Sequence[str]], right: set[int]) -> str:
     """Return rows of text as a table with a line below the first; columns in `right` are aligned to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

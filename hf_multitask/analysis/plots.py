@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_matrix"]
+__all__ = ["draw_matrix", "new_figure", "save_figure"]
 
 
 def draw_matrix(
@@ -29,7 +29,7 @@ def draw_matrix(
     Example:
         >>> draw_matrix("pairs.svg", ["a", "b"], np.eye(2), [["", "0"], ["0", ""]])  # doctest: +SKIP
     """
-    figure = _figure(1.6 + 0.9 * len(names), 1.2 + 0.75 * len(names))
+    figure = new_figure(1.6 + 0.9 * len(names), 1.2 + 0.75 * len(names))
     axis = figure.add_subplot()
     axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
     ticks = range(len(names))
@@ -42,10 +42,10 @@ def draw_matrix(
         for j in ticks:
             colour = "white" if abs(values[i, j]) > 0.6 else "black"
             axis.text(j, i, texts[i][j], ha="center", va="center", fontsize=8, color=colour)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """Return a figure (inches) that is no part of pyplot's global state."""
     try:
         from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
     """Write a picture; the same figure gives the same bytes, as far as the format allows."""
     import matplotlib
 

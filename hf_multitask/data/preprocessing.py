@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.backbone import usable_positions
 from ..models.heads import IGNORE_INDEX
+from ..models.scheme import SharingScheme
 from ..models.task import TaskType
 from .row_encoding import RowEncoder, make_row_encoder
 from .sources import Source, label_key
@@ -60,6 +61,8 @@ def longest_input(
         ValueError: `max_length` exceeds the backbone's positions.
     """
     positions = usable_positions(model)
+    if positions is not None and isinstance(model, SharingScheme):
+        positions -= model.reserved_positions
     if max_length is not None:
         if positions is not None and max_length > positions:
             raise ValueError(f"{whose}max_length={max_length} exceeds the backbone's {positions} positions")

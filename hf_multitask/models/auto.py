@@ -9,16 +9,25 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from .adapter import AdapterModel
 from .base import MultiTaskModel
-from .configuration import MultiTaskConfig
-from .hard_sharing import HardSharingConfig, HardSharingModel
+from .conditioned import ConditionedModel
+from .hard_sharing import HardSharingModel
+from .mixture_of_experts import MixtureOfExpertsModel
+from .prefix import PrefixModel
+from .soft_sharing import SoftSharingModel
 
 __all__ = ["SCHEMES", "AutoModelForMultiTask"]
 
-SCHEMES: dict[str, type[MultiTaskModel]] = {"hard": HardSharingModel}
+SCHEMES: dict[str, type[MultiTaskModel]] = {
+    "hard": HardSharingModel,
+    "soft": SoftSharingModel,
+    "conditioned": ConditionedModel,
+    "prefix": PrefixModel,
+    "adapter": AdapterModel,
+    "mixture_of_experts": MixtureOfExpertsModel,
+}
 """Sharing schemes by the name that a recipe's `model.sharing` uses."""
-
-_CONFIGS: tuple[type[MultiTaskConfig], ...] = (HardSharingConfig,)
 
 
 class AutoModelForMultiTask(_BaseAutoModelClass):
@@ -27,7 +36,8 @@ class AutoModelForMultiTask(_BaseAutoModelClass):
     _model_mapping: Any = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
 
 
-for _config, _model in zip(_CONFIGS, SCHEMES.values(), strict=True):
+for _model in SCHEMES.values():
+    _config = _model.config_class
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForMultiTask.register(_config, _model, exist_ok=True)

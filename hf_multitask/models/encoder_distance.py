@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .layers import find_layers
 
-__all__ = ["parameters_by_layer", "relative_deviations", "same_parameters", "weighted_deviation"]
+__all__ = ["add_deviations", "parameters_by_layer", "relative_deviations", "same_parameters", "weighted_deviation"]
 
 # Elements of one parameter that are worked off together. A processor should find what it just computed in its caches,
 # and a call must have enough to do; an accelerator gains nothing from small pieces, and its launches cost time.
@@ -126,6 +126,44 @@ class _WeightedDeviation(torch.autograd.Function):
         for (weight, versions), (_, outputs) in pairs:
             _write_deviations(versions, 2.0 * weight * factor, outputs)
         return None, None, *(one if want else None for one, want in zip(results, wanted, strict=True))
+
+
+@torch.no_grad()
+def add_deviations(
+    parameters: Sequence[Sequence[torch.nn.Parameter]], weights: Sequence[float], scale: float
+) -> Tensor:
+    """Return what [`weighted_deviation`] does, and add its gradient, times a factor, to the parameters' `.grad`.
+
+    Value and gradient come from one pass over the parameters, and no tensor of their size is made, where autograd
+    makes a gradient and adds it to the one that is there.
+
+    Args:
+        parameters: As in [`weighted_deviation`].
+        weights: As in [`weighted_deviation`].
+        scale: What the gradient is multiplied with (a loss scaler's number).
+    """
+    flat = [one for group in parameters for one in group]
+    count, targets = len(parameters[0]), []
+    for one in flat:
+        grad = torch.zeros_like(one) if one.grad is None else one.grad
+        if one.requires_grad:
+            one.grad = grad = grad.contiguous()
+        targets.append(grad)  # what is added for a frozen one goes nowhere
+    grads = [targets[start : start + count] for start in range(0, len(flat), count)]
+    total = _Total(flat[0])
+    pairs = zip(_pieces(parameters, weights), _pieces(grads, weights), strict=True)  # type: ignore[arg-type]
+    for (weight, versions), (_, outputs) in pairs:
+        first = _widened(versions[0])
+        deviations = [[torch.zeros_like(piece) for piece in first]]
+        deviations += [list(torch._foreach_sub(_widened(pieces), first)) for pieces in versions[1:]]
+        for others in deviations[1:]:
+            torch._foreach_add_(deviations[0], others, alpha=-1.0 / count)
+        for own in deviations[1:]:
+            torch._foreach_add_(own, deviations[0])
+        for own, output in zip(deviations, outputs, strict=True):
+            total.add(own, weight)
+            torch._foreach_add_(output, own, alpha=2.0 * weight * scale)
+    return total.value().to(_wide(flat[0].dtype))
 
 
 def relative_deviations(groups: Mapping[Hashable, Sequence[Sequence[Tensor]]]) -> dict[Any, float]:

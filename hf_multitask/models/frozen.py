@@ -54,6 +54,11 @@ class FrozenBackboneModel(MultiTaskModel):
     config: FrozenBackboneConfig
     freezes_backbone = True
 
+    def __init__(self, config: FrozenBackboneConfig, backbone: PreTrainedModel | None = None) -> None:
+        """Build the backbone, frozen, and the heads."""
+        super().__init__(config, backbone)
+        self.freeze_backbone()
+
     # ---- what a scheme implements ----
 
     @abstractmethod
@@ -74,8 +79,15 @@ class FrozenBackboneModel(MultiTaskModel):
     @classmethod
     def describe_backbone(cls, source: str | PreTrainedModel, backbone: PreTrainedModel) -> dict[str, Any]:
         """Return the fields of the configuration that say which backbone this is."""
-        name = source if isinstance(source, str) else backbone.config._name_or_path
-        return {"backbone_name": str(name) or None, "backbone_hash": weights_hash(backbone)}
+        # A model in memory may have been trained since it was loaded: where it came from then says nothing.
+        name = None if isinstance(source, PreTrainedModel) else str(source)
+        return {"backbone_name": name, "backbone_hash": weights_hash(backbone)}
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resize the embeddings as `PreTrainedModel` does; the backbone then is another, and saved with the model."""
+        resized = super().resize_token_embeddings(*args, **kwargs)
+        self.config.backbone_name = None
+        return resized
 
     # ---- saving ----
 
@@ -147,7 +159,8 @@ class FrozenBackboneModel(MultiTaskModel):
         config = kwargs.pop("config", None)
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or folder, **where)
-        fields = {key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key) and key != "dtype"}
+        dtypes = ("dtype", "torch_dtype")  # the older name is still understood
+        fields = {key: kwargs.pop(key) for key in list(kwargs) if hasattr(config, key) and key not in dtypes}
         for key, value in fields.items():
             setattr(config, key, value)
         where.pop("trust_remote_code", None)
@@ -161,7 +174,8 @@ class FrozenBackboneModel(MultiTaskModel):
             tensors |= _backbone_tensors(config, backbone)
         elif backbone is not None:
             raise ValueError(f"{str(folder)!r} holds the backbone's weights; leave out backbone={backbone!r}")
-        kwargs.setdefault("dtype", config.dtype)
+        if not any(key in kwargs for key in dtypes):
+            kwargs["dtype"] = config.dtype
         return super().from_pretrained(None, *rest, config=config, state_dict=tensors, **kwargs)
 
     def load_adapters(self, folder: str | Path) -> None:

@@ -6,8 +6,9 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,17 @@ from .heads import TaskHead
 from .rows import CurrentRows
 from .task import Task
 
-if TYPE_CHECKING:
-    from .base import MultiTaskModel
-
 __all__ = ["SharingScheme"]
 
 
 @cache
 def _forward_parameters(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def _conversion() -> Any:
+    # It knows every scheme, and every scheme knows this module: so it is looked up when it is called for.
+    return import_module(f"{__package__}.conversion")
 
 
 class SharingScheme(PreTrainedModel, ABC):
@@ -64,6 +67,11 @@ class SharingScheme(PreTrainedModel, ABC):
         """Whether a pass of the encoder is for the rows of one task only."""
         return False
 
+    @property
+    def reserved_positions(self) -> int:
+        """The backbone's positions that the scheme itself takes, so that inputs cannot have them."""
+        return 0
+
     def task_modules(self, name: str) -> list[nn.Module]:
         """Return the modules that one task alone trains."""
         return [self._head(name)]
@@ -71,6 +79,21 @@ class SharingScheme(PreTrainedModel, ABC):
     def penalty(self) -> Tensor | None:
         """Return what the scheme adds to the loss for the values of its parameters, a scalar, or None."""
         return None
+
+    def add_penalty_gradient(self, scale: float = 1.0) -> Tensor | None:
+        """Add the gradient of [`penalty`] to the parameters' `.grad`, as its backward pass would.
+
+        Args:
+            scale: What the gradient is multiplied with (a loss scaler's number).
+
+        Returns:
+            The penalty, a scalar without a graph, or None.
+        """
+        penalty = self.penalty()
+        if penalty is None:
+            return None
+        (scale * penalty).backward()
+        return penalty.detach()
 
     def pass_losses(self, num_tokens: int | Tensor | None) -> Tensor | None:
         """Return what the scheme adds to the loss for the tokens of the last passes, a scalar, or None.
@@ -136,17 +159,13 @@ class SharingScheme(PreTrainedModel, ABC):
 
     # ---- what follows from it ----
 
-    def to_scheme(self, scheme: str, **options: Any) -> MultiTaskModel:
+    def to_scheme(self, scheme: str, **options: Any) -> Any:
         """Return a model of another sharing scheme that goes on where this one is; see [`conversion.convert`]."""
-        from .conversion import convert
-
-        return convert(cast("MultiTaskModel", self), scheme, **options)
+        return _conversion().convert(self, scheme, **options)
 
     def export_task(self, name: str, folder: str | Path, native: bool | None = None) -> None:
         """Write a folder with one task only; see [`conversion.export_task`]."""
-        from .conversion import export_task
-
-        export_task(cast("MultiTaskModel", self), name, folder, native)
+        _conversion().export_task(self, name, folder, native)
 
     def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters that only the named task trains."""

@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 from .base import MultiTaskModel
 from .configuration import MultiTaskConfig
 from .cross_stitch import CrossStitchUnits, check_stitched, run_stitched
-from .encoder_distance import parameters_by_layer, relative_deviations, same_parameters, weighted_deviation
+from .encoder_distance import (
+    add_deviations,
+    parameters_by_layer,
+    relative_deviations,
+    same_parameters,
+    weighted_deviation,
+)
 from .layers import find_layers
 
 __all__ = ["SoftSharingConfig", "SoftSharingModel"]
@@ -245,16 +251,24 @@ class SoftSharingModel(MultiTaskModel):
         Raises:
             ValueError: A parameter differs in shape between the encoders.
         """
+        versions, weights = self._counted()
+        return weighted_deviation(versions, weights) if versions else None
+
+    def add_penalty_gradient(self, scale: float = 1.0) -> Tensor | None:
+        """Add the penalty's gradient to the parameters' `.grad` in one pass over them, and return the penalty."""
+        versions, weights = self._counted()
+        return add_deviations(versions, weights, scale) if versions else None
+
+    def _counted(self) -> tuple[list[list[nn.Parameter]], list[float]]:
+        """Return the versions of each parameter that the penalty moves, and what their deviations count."""
+        # The sum over pairs is T times that of the deviations from the mean.
+        factor = len(self.tasks) if self.config.distance == "pairs" else 1
         counted = [
-            (versions, weight)
+            (versions, factor * weight)
             for versions, weight in self._penalized()
             if any(parameter.requires_grad for parameter in versions)
         ]
-        if not counted:
-            return None
-        # The sum over pairs is T times that of the deviations from the mean.
-        factor = len(self.tasks) if self.config.distance == "pairs" else 1
-        return weighted_deviation([versions for versions, _ in counted], [factor * weight for _, weight in counted])
+        return [versions for versions, _ in counted], [weight for _, weight in counted]
 
     def idle_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield what a step without a task's rows must leave alone: not what the penalty moves."""

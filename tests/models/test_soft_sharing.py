@@ -171,6 +171,36 @@ def test_parameters_are_cut_and_bundled_without_loss(monkeypatch):
     assert all(type(rate) is int for rate in encoder_distance._PIECE.values())
 
 
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("distance", ["pairs", "mean"])
+def test_the_gradient_of_the_penalty_is_added_in_place(number, distance):
+    model = spread(make_model(tasks=TASKS[:number], distance=distance, layer_penalties=[0.5, 0.1], penalty=0.03))
+    first = next(model.encoders[TASKS[0].name].parameters())
+    first.requires_grad_(False)  # frozen in one encoder: it draws the others
+    before = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    found = {}
+    for way in ("autograd", "in place"):
+        for name, parameter in model.named_parameters():
+            # Some have no gradient yet, one has a gradient that is laid out in another way.
+            parameter.grad = None if not parameter.requires_grad or "value" in name else before[name].clone()
+            if parameter.grad is not None and parameter.dim() == 2 and "query" in name:
+                parameter.grad = before[name].T.contiguous().T
+        if way == "autograd":
+            value = model.penalty()
+            if value is not None:
+                (4.0 * value).backward()
+        else:
+            value = model.add_penalty_gradient(4.0)
+            assert (value is None) == (number == 1)
+        found[way] = value, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert first.grad is None
+    (one, gradients), (other, in_place) = found["autograd"], found["in place"]
+    assert gradients.keys() == in_place.keys()
+    torch.testing.assert_close(other, one if one is None else one.detach())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(in_place[name], gradient, msg=name)
+
+
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_equal_encoders_have_no_penalty_and_no_gradient_not_even_by_rounding(number):
     model = make_model(tasks=TASKS[:number])
