@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_saved_and_loaded_it_answers_the_same(tmp_path, kind):
     assert loaded.tasks == model.tasks
     check_equal(model(**batch).logits, loaded(**batch).logits)
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@EVERY_KIND
+def test_heads_of_another_label_count_are_refused(tmp_path, kind):
+    make_model(kind).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    next(task for task in config["tasks"] if task["name"] == "names")["labels"].append("B-time")
+    file.write_text(json.dumps(config))
+    # Transformers names the tensors in a report above its error.
+    expected = "heads.names.* has the shape" if kind in FROZEN else "ignore_mismatched_sizes"
+    with pytest.raises(ValueError if kind in FROZEN else RuntimeError, match=expected):
+        AutoModelForMultiTask.from_pretrained(tmp_path)
 
 
 @EVERY_KIND

@@ -23,7 +23,7 @@ SETTINGS: dict[str, list[str]] = {
     "soft": [],
     "conditioned": [],
     "prefix": ["training.learning_rate=0.01"],
-    "adapter": ["training.learning_rate=0.01", "model.shared_rank=8"],
+    "adapter": ["training.learning_rate=0.003", "model.rank=8", "model.shared_rank=8"],
     "mixture_of_experts": ["model.num_experts=4", "model.experts_per_token=1"],
 }
 
