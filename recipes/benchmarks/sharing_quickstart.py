@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/sharing_quickstart.py [--schemes hard soft ...] [--write]
 
-Every scheme runs `recipes/quickstart.yaml` with nothing changed but `model.sharing` and, where the backbone is frozen,
-the learning rate of what stands beside it. The baseline answers with the most frequent label, or the mean, of the
+Every scheme runs `recipes/quickstart.yaml` with nothing changed but `model.sharing` and learning rates: where the backbone
+is frozen, that of what stands beside it; under soft sharing, where few rows reach each encoder, that of the heads. The baseline answers with the most frequent label, or the mean, of the
 training rows; for entities that is no entity at all. Schemes that are left out keep what is recorded of them.
 """
 
@@ -20,10 +20,10 @@ from common import describe, write_result
 RECIPE = Path(__file__).parents[1] / "quickstart.yaml"
 SETTINGS: dict[str, list[str]] = {
     "hard": [],
-    "soft": [],
+    "soft": ["training.head_learning_rate=0.001"],
     "conditioned": [],
     "prefix": ["training.learning_rate=0.01"],
-    "adapter": ["training.learning_rate=0.003", "model.rank=8", "model.shared_rank=8"],
+    "adapter": ["training.learning_rate=0.01", "model.rank=8", "model.shared_rank=8"],
     "mixture_of_experts": ["model.num_experts=4", "model.experts_per_token=1"],
 }
 
