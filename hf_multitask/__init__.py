@@ -12,7 +12,10 @@ from .models.auto import AutoModelForMultiTask
 __version__ = version("hf_multitask")
 
 if TYPE_CHECKING:
+    from .analysis.advisor import advise
+    from .analysis.comparison import compare
     from .analysis.conflict import gradient_conflicts
+    from .analysis.preflight import preflight
     from .analysis.routing import routing
     from .data.collator import DataCollatorForMultiTask
     from .models.adapter import AdapterConfig, AdapterModel
@@ -46,7 +49,10 @@ _HOMES = {
     "SoftSharingModel": "models.soft_sharing",
     "Task": "models.task",
     "TaskType": "models.task",
+    "advise": "analysis.advisor",
+    "compare": "analysis.comparison",
     "gradient_conflicts": "analysis.conflict",
+    "preflight": "analysis.preflight",
     "routing": "analysis.routing",
 }
 
@@ -72,7 +78,10 @@ __all__ = [
     "SoftSharingModel",
     "Task",
     "TaskType",
+    "advise",
+    "compare",
     "gradient_conflicts",
+    "preflight",
     "routing",
 ]
 

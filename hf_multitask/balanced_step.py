@@ -15,7 +15,7 @@ from .balancer import TaskBalancer
 from .balancing.gramian import TaskGradients
 from .balancing.sketch import TaskSketches
 from .guard import LossGuard
-from .models.passes import Segment, cut_rows
+from .models.passes import Segment, cut_rows, places_in_pass
 from .models.scheme import SharingScheme
 from .models.task import Task
 from .training_args import MultiTaskTrainingArguments
@@ -67,13 +67,14 @@ class MultiTaskBalancing(Trainer):
             raise ValueError(
                 f"no shared parameter is trained in this {type(inner).__name__}, so there are no gradients to combine "
                 "or compare: unfreeze the backbone (or add adapters to it that tasks share), "
-                "or leave out gradient_combination, conflict_logging_steps and loss weightings by gradients"
+                "or leave out gradient_combination, auxiliary_gating, conflict_logging_steps and loss weightings by "
+                "gradients"
             )
         if self.is_deepspeed_enabled:
             raise ValueError(
-                "loss_weighting, gradient_combination and conflict_logging_steps do not go with DeepSpeed, whose "
-                "optimizer steps inside the backward pass; use DDP or FSDP version 2 (recipes/accelerate), or "
-                "Task(weight=...)"
+                "loss_weighting, gradient_combination, auxiliary_gating and conflict_logging_steps do not go with "
+                "DeepSpeed, whose optimizer steps inside the backward pass; use DDP or FSDP version 2 "
+                "(recipes/accelerate), or Task(weight=...)"
             )
         if self.is_fsdp_enabled:
             # Gradients are there only after they were reduced: in every micro-batch.
@@ -93,7 +94,7 @@ class MultiTaskBalancing(Trainer):
                 "num_items": {task: window.items[task] for task in inputs["labels"]},
                 "num_tokens": window.tokens,
             },
-            loss_weights=balancer.factors(window) if self._decided is None else self._decided,
+            loss_weights=balancer.factors(window, self.state.global_step) if self._decided is None else self._decided,
             gradient_scales=scales if balancer.combines else None,
             penalty_scale=0.0,  # it is added once, at the end of the step
             single_pass=self.accelerator.distributed_type in _SHARDED,
@@ -146,6 +147,8 @@ class MultiTaskBalancing(Trainer):
     def _tables(self, model: Any) -> list[Any]:
         """Return the embedding table, where its gradient can come as sparse rows and nobody else adds to it."""
         embeddings = model.get_input_embeddings()
+        if model.lm_head is None and any(task.type.is_language for task in self.tasks):
+            return []  # what is predicted with the table adds a gradient of every row
         if self.args.world_size > 1 or self.args.torch_compile or type(embeddings) is not nn.Embedding:
             return []
         if embeddings.max_norm is not None or embeddings.scale_grad_by_freq:
@@ -201,6 +204,8 @@ class MultiTaskBalancing(Trainer):
                 **rows,
                 segments=dict.fromkeys(names, own),
                 labels={name: inputs["labels"][name] for name in names},
+                label_positions=self._positions_of(names, inputs, segment),
+                packed=inputs.get("packed", False),
                 num_items={name: window.items[name] for name in names},
                 num_tokens=window.tokens,
                 penalty_scale=0.0,
@@ -210,6 +215,12 @@ class MultiTaskBalancing(Trainer):
         self.guard.add(outputs["row_losses"])
         self._note_losses(losses)
         return losses, outputs.get("regularization")
+
+    @staticmethod
+    def _positions_of(names: list[str], inputs: Mapping[str, Any], segment: Segment) -> dict[str, Tensor]:
+        """Return where tasks over the vocabulary predict, in rows that are cut to the length of their segment."""
+        known, length = inputs.get("label_positions", {}), inputs["input_ids"].shape[1]
+        return {name: places_in_pass(known[name], length, segment.length) for name in names if name in known}
 
     def _note_losses(self, losses: Mapping[str, Tensor]) -> None:
         for name, loss in losses.items():

@@ -1,9 +1,11 @@
 """The weights and coefficients of each optimizer step: what loss weighting and gradient combination decide together.
 
-Every task's loss L_t counts with `u_t = share_t · Task.weight_t · w_t`, w_t from the loss weighting. With a gradient
-combination the shared parameters then get `Σ_t c_t u_t g_t`, c_t from the Gramian of the weighted gradients; heads, and
-whatever else one task alone trains, get their plain gradient `u_t g_t`. Where a method finds no solution the step takes
-the plain sum, which is counted and logged (`combination_fallbacks`).
+Every task's loss L_t counts with `u_t = share_t · Task.weight_t · s_t · w_t`, s_t from the task's `weight_schedule` and
+w_t from the loss weighting, which does not see tasks that weigh nothing. With a gradient combination the shared
+parameters then get `Σ_t c_t m_t u_t g_t`, m_t the gates of auxiliary tasks (1 without `auxiliary_gating`) and c_t from
+the Gramian of the gradients m_t u_t g_t; heads, and whatever else one task alone trains, get their plain gradient
+`u_t g_t`. Where a method finds no solution the step takes the plain sum, which is counted and logged
+(`combination_fallbacks`).
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from transformers.utils import logging
 
 from .balancing.combination import make_combination
 from .balancing.combination_methods import check_values
+from .balancing.gating import AuxiliaryGates
 from .balancing.gramian import TaskGradients
 from .balancing.sketch import TaskSketches
 from .balancing.weighting import Observation, make_weighting
 from .models.task import Task
+from .models.weight_schedule import schedule_factor
 from .training_args import MultiTaskTrainingArguments
 from .window import Window
 
@@ -42,7 +46,7 @@ class TaskBalancer:
         tasks: The model's tasks.
 
     Raises:
-        ValueError: A name or an argument of a method does not fit.
+        ValueError: A name or an argument of a method does not fit, or no task is auxiliary and one should be gated.
     """
 
     def __init__(self, args: MultiTaskTrainingArguments, tasks: Sequence[Task]) -> None:
@@ -63,14 +67,31 @@ class TaskBalancer:
         if self._preference is not None:
             kwargs["preference"] = self._preference
         self.combination = make_combination(args.gradient_combination, kwargs)
-        self.combines = args.gradient_combination != "sum"
+        self.gates = AuxiliaryGates(args.auxiliary_gating, tasks, args.primary_task)
+        self._sums = args.gradient_combination == "sum"
+        self.combines = not self._sums or self.gates.is_on
         self._accumulates = args.gradient_accumulation_steps > 1
         self.sketches = args.gradient_memory == "sketch"
         self.memory = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
         self.coefficients = [1.0] * len(tasks)
         self.weights = [1.0] * len(tasks)
+        self._total_steps: int | None = None
+        self._step = 0  # the last one that ended
         self.cosines: Tensor | None = None  # of the last Gramian
         self.fallbacks = 0
+
+    def begin(self, total_steps: int) -> None:
+        """Take note of how many optimizer steps the whole training has; schedules of weights may ask.
+
+        Raises:
+            ValueError: From some step on no task has a weight.
+        """
+        self._total_steps = total_steps
+        if total_steps > 0 and not any(self._scheduled(total_steps - 1)):
+            raise ValueError(
+                f"by their weight_schedule all tasks weigh 0 in the last of {total_steps} optimizer steps, and nothing "
+                "would be trained; give one of them a constant weight, or an end above 0"
+            )
 
     # ---- which way a step goes ----
 
@@ -110,16 +131,43 @@ class TaskBalancer:
             norms: `[T]`, norms of the gradients of the unweighted losses, for weightings that need them.
         """
         names = [task.name for task in self.tasks]
-        values = torch.tensor([losses.get(name, float("nan")) for name in names], dtype=torch.float64)
-        present = torch.tensor([name in window.rows for name in names])
-        self.weights = self.weighting.weights(Observation(values, present, step, epoch, norms)).tolist()
-        return self.factors(window)
+        # A task that weighs nothing, as after it was switched off, is as absent: it must not take part of the others'.
+        counts = [name in window.rows and base > 0 for name, base in zip(names, self._scheduled(step), strict=True)]
+        if any(counts):
+            present, absent = torch.tensor(counts), torch.tensor(float("nan"), dtype=torch.float64)
+            values = torch.tensor([losses.get(name, float("nan")) for name in names], dtype=torch.float64)
+            values = values.where(present, absent)
+            norms = None if norms is None else norms.where(present, absent)
+            self.weights = self.weighting.weights(Observation(values, present, step, epoch, norms)).tolist()
+        return self.factors(window, step)
 
-    def factors(self, window: Window) -> dict[str, float]:
-        """Return what each task's loss counts, with the weights as they are."""
+    def factors(self, window: Window, step: int) -> dict[str, float]:
+        """Return what each task's loss counts in a step, with the weights as they are."""
         shares = window.shares(self._reduction)
-        weights = {task.name: task.weight * w for task, w in zip(self.tasks, self.weights, strict=True)}
+        weights = {t.name: b * w for t, b, w in zip(self.tasks, self._scheduled(step), self.weights, strict=True)}
         return {task: share * weights[task] for task, share in shares.items()}
+
+    def _scheduled(self, step: int) -> list[float]:
+        """Return the weight of each task in a step, before the loss weighting."""
+        return [task.weight * self._schedule(task, step) for task in self.tasks]
+
+    def _schedule(self, task: Task, step: int) -> float:
+        if task.weight_schedule is None:
+            return 1.0
+        if self._total_steps is None:
+            raise RuntimeError("begin() comes before the first step: a task's weight_schedule asks for all steps")
+        return schedule_factor(task.weight_schedule, step, self._total_steps)
+
+    def end_step(self, window: Window, step: int) -> list[str]:
+        """Take note of a step for the log, and return the tasks that it does not train.
+
+        These are the ones without rows, and the ones whose loss counts 0. What such a task trains alone is to be left
+        alone: a gradient of zeros would still let momentum and weight decay move it.
+        """
+        self._step = step
+        self.gates.end_step(window.rows)
+        factors = self.factors(window, step)
+        return [task.name for task in self.tasks if not factors.get(task.name)]
 
     def combine(
         self,
@@ -156,15 +204,16 @@ class TaskBalancer:
             self.cosines[index[:, None], index] = gramian / lengths[:, None] / lengths
         factors = self.weigh(window, losses, step, epoch, norms if self.weighting.needs_gradient_norms else None)
         weights = torch.tensor([factors[self.tasks[task].name] for task in tasks], dtype=torch.float64)
-        if isinstance(gradients, TaskGradients) and self.decides(step) and self.combination.is_elementwise:
-            function = partial(self.combination.function, **self.combination.kwargs)
-            gradients.write_elementwise(tasks, weights, function, self._step_seed(step))
-            return factors
-        if self.decides(step) and finite:
-            self._decide(gramian * weights[:, None] * weights, tasks, step)
-        elif self.decides(step):
-            # A scaler found its limit: the step is going to be left out, whatever is written.
+        if self.decides(step):
+            gated = weights * self.gates.decide(gramian * weights[:, None] * weights, tasks)
+            if isinstance(gradients, TaskGradients) and self.combination.is_elementwise:
+                function = partial(self.combination.function, **self.combination.kwargs)
+                gradients.write_elementwise(tasks, gated, function, self._step_seed(step))
+                return factors
             self.coefficients = [1.0] * len(self.tasks)
+            if finite:  # otherwise a scaler found its limit: the step is going to be left out, whatever is written
+                self._decide(gramian * gated[:, None] * gated, tasks, step)
+            self.coefficients = [c * gate for c, gate in zip(self.coefficients, self.gates.values, strict=True)]
         coefficients = torch.tensor([self.coefficients[task] for task in tasks], dtype=torch.float64)
         if isinstance(gradients, TaskSketches):
             gradients.clear()
@@ -201,11 +250,22 @@ class TaskBalancer:
     # ---- what it tells ----
 
     def logs(self) -> dict[str, float]:
-        """Return `weight/<task>`, `coefficient/<task>` and `conflict/<a>|<b>`, as far as they say something."""
+        """Return what says something of these, and begin the gates' means anew.
+
+        - `weight/<task>`: s_t w_t of the last step, what a loss counts beside its share and `Task.weight`.
+        - `coefficient/<task>`: c_t m_t of the last decision.
+        - `gate/<task>`: mean of m_t over the steps with rows of the task since the last log line; of gates that are
+          open or shut, the fraction of these steps in which it was open.
+        - `conflict/<a>|<b>`: cosines of the last Gramian.
+        """
         logs: dict[str, float] = {}
-        if not self.is_static:
-            logs |= {f"weight/{task.name}": w for task, w in zip(self.tasks, self.weights, strict=True)}
-        if self.combines and not self.combination.is_elementwise:
+        if not self.is_static or any(task.weight_schedule is not None for task in self.tasks):
+            logs |= {
+                f"weight/{task.name}": self._schedule(task, self._step) * w
+                for task, w in zip(self.tasks, self.weights, strict=True)
+            }
+        logs |= self.gates.logs()
+        if not self._sums and not self.combination.is_elementwise:
             logs |= {f"coefficient/{task.name}": c for task, c in zip(self.tasks, self.coefficients, strict=True)}
         if self.fallbacks:
             logs["combination_fallbacks"] = self.fallbacks
@@ -224,6 +284,7 @@ class TaskBalancer:
             "weights": self.weights,
             "memory": self.memory.tolist(),
             "coefficients": self.coefficients,
+            "gates": self.gates.state_dict(),
             "fallbacks": self.fallbacks,
         }
 
@@ -233,6 +294,7 @@ class TaskBalancer:
         self.weights = list(state["weights"])
         self.memory = torch.tensor(state["memory"], dtype=torch.float64)
         self.coefficients = list(state["coefficients"])
+        self.gates.load_state_dict(state["gates"])
         self.fallbacks = int(state["fallbacks"])
 
 

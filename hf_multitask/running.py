@@ -14,7 +14,7 @@ from .metrics import default_metric_names, primary_metric
 from .recipe import Recipe, build, load_recipe
 from .trainer import MultiTaskTrainer
 
-__all__ = ["format_table", "run_recipe"]
+__all__ = ["format_table", "run_recipe", "train_recipe"]
 
 _VERSIONS = ("hf_multitask", "torch", "transformers", "datasets", "accelerate")
 
@@ -34,7 +34,25 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
     Raises:
         ValueError: The recipe, its data or its arguments do not fit; nothing has been written then.
     """
-    recipe = load_recipe(path, settings)
+    results, trainer = train_recipe(load_recipe(path, settings), resume)
+    if not trainer.is_world_process_zero():
+        return ""
+    return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"
+
+
+def train_recipe(recipe: Recipe, resume: bool | str = False) -> tuple[dict[str, Any], MultiTaskTrainer]:
+    """Train a recipe, write what [`run_recipe`] writes, and return it.
+
+    Args:
+        recipe: The recipe.
+        resume: Go on from the last checkpoint in the output folder, or from the checkpoint of that name.
+
+    Returns:
+        What `results.json` holds (on every process), and the trainer after training.
+
+    Raises:
+        ValueError: The recipe's data or arguments do not fit; nothing has been written then.
+    """
     parts = build(recipe)
     trainer = MultiTaskTrainer(
         model=parts.model,
@@ -46,18 +64,17 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
     test = None
     if parts.datasets["test"]:
         test = trainer.prepare_datasets(parts.datasets["test"], "test", "test", complete=False)
-    outcome = trainer.train(resume_from_checkpoint=True if resume else parts.args.resume_from_checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=resume or parts.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
     metrics = final_metrics(trainer) if parts.datasets["validation"] else {}
     if test is not None:
         metrics |= trainer.evaluate(test, metric_key_prefix="test")
     results = collect_results(recipe, trainer, metrics, outcome.metrics)
-    if not trainer.is_world_process_zero():
-        return ""
-    file = Path(str(trainer.args.output_dir), "results.json")
-    file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"
+    if trainer.is_world_process_zero():
+        file = Path(str(trainer.args.output_dir), "results.json")
+        file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return results, trainer
 
 
 def final_metrics(trainer: MultiTaskTrainer) -> dict[str, float]:

@@ -22,11 +22,13 @@ from .best_metric import settle_best_metric
 from .checkpointing import MultiTaskCheckpoints
 from .data.collator import DataCollatorForMultiTask
 from .data.dataset import MultiTaskDataset, as_mapping, prepare_sources
-from .data.preprocessing import check_tokenizer, longest_input
+from .data.preprocessing import check_packing, check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
+from .data.schedule import ShareChanges
 from .data.sources import make_sources
 from .data.streaming import StreamingMixture, is_stream
 from .evaluation import MultiTaskEvaluation, check_compute_metrics
+from .generation import check_generation
 from .guard import LossGuard
 from .guarded_step import MultiTaskGuarding
 from .loading import make_loader, make_streams
@@ -107,10 +109,13 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
                 "tokenizer": processing_class,
                 "max_length": longest_input(processing_class, probe, args.max_length),
                 "num_proc": args.dataset_num_proc,
+                "seed": args.data_seed if args.data_seed is not None else args.seed,
             }
             for task in self.tasks:
                 longest_input(processing_class, probe, task.max_length, f"task {task.name!r}: ")
             self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
+            check_generation(self.tasks, args.predict_with_generate)
+            check_packing(probe, args.packing)
             settle_best_metric(args, self.tasks, self._metrics, eval_dataset)
             with args.main_process_first(desc="preparing datasets"):
                 if train_dataset is not None:
@@ -118,12 +123,20 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
                     self._check_sampling(train_dataset, args)
                 if eval_dataset is not None:
                     eval_dataset = self.prepare_datasets(eval_dataset, "eval_dataset", "eval", complete=False)
-            data_collator = data_collator or DataCollatorForMultiTask(processing_class, self.tasks)
+            data_collator = data_collator or DataCollatorForMultiTask(
+                processing_class,
+                self.tasks,
+                seed=self._preparing["seed"],
+                packing=args.packing,
+                packing_length=args.packing_length,
+            )
             compute_metrics = None
             # What `compute_loss` returns is divided by the items of the whole window already.
             self.loss_is_scaled_for_ga = True
             self.progress = TaskProgress([task.name for task in self.tasks])
             self.guard = LossGuard()
+            self.share_changes = ShareChanges()
+            self._begin_sampling(args, train_dataset, eval_dataset)
             self._begin_balancing(args)
         elif isinstance(train_dataset, Mapping):
             raise ValueError(
@@ -163,6 +176,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Compile the backbone, if it was asked for, and go on as `Trainer` does."""
+        if self.tasks:
+            self.balancer.begin(self.state.max_steps)
         if self.tasks and self._compile_options is not None:
             self.accelerator.unwrap_model(self.model).compile_backbone(**self._compile_options)
         return super()._prepare_for_training(*args, **kwargs)
@@ -222,7 +237,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         """Return the loader of mixed batches: rank-aware, a pure function of seed and epoch."""
         if not self.tasks or self.train_dataset is None:
             return super().get_train_dataloader()
-        return make_loader(self.args, self.train_dataset, self.data_collator, self._train_batch_size, self.accelerator)
+        options = self.data_collator, self._train_batch_size, self.accelerator, self.share_changes
+        return make_loader(self.args, self.train_dataset, *options)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """Keep all columns: prepared rows hold nothing that is not needed."""
@@ -244,7 +260,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         return batches, window
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run forward and backward; heads whose task the window lacks end up without a gradient."""
+        """Run forward and backward; heads whose task the window lacks, or weighs 0, end up without a gradient."""
         if not self.tasks:
             return super().training_step(model, inputs, num_items_in_batch)
         by_task = self.balancer.needs_task_gradients(self.state.global_step)
@@ -268,13 +284,18 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             scaler = self.accelerator.scaler
             penalty = unwrapped.add_penalty_gradient(1.0 if scaler is None else scaler.get_scale())
             loss = loss if penalty is None else loss + penalty
-        if self.args.world_size > 1:
-            for task in self.tasks:
-                if task.name not in num_items_in_batch.rows:
-                    # A gradient of zeros would still let the optimizer's momentum and decay move them.
-                    for parameter in unwrapped.idle_parameters(task.name):
-                        parameter.grad = None
+            self._leave_idle_alone(unwrapped, num_items_in_batch)
         return loss
+
+    def _leave_idle_alone(self, model: Any, window: Window) -> None:
+        """Take the gradients away from what a step does not train: zeros would let momentum and decay move it."""
+        idle = self.balancer.end_step(window, self.state.global_step)
+        if len(idle) < len(self.tasks):
+            for name in idle:
+                for parameter in model.idle_parameters(name):
+                    parameter.grad = None
+        elif self.accelerator.scaler is None:  # a loss scaler wants gradients
+            model.zero_grad()  # all that came weighs nothing: nothing moves
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each task's loss and share, and what balancing and the scheme tell, to the log lines of training."""

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .balancing.combination import check_combination
 from .balancing.elementwise import ELEMENTWISE
+from .balancing.gating import GATINGS
 from .balancing.weighting import check_weighting
 from .data.sampling import check_mixing
 from .models.task import closest
@@ -43,8 +44,16 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `max_length`: longest input in tokens, special tokens included; longer ones are truncated. None takes what
       tokenizer and backbone allow.
     - `dataset_num_proc`: processes that tokenize.
+    - `packing`: put short rows of a `causal_lm` task into long sequences, so that little is padding. Positions begin
+      anew with each row, and no row attends to another: losses are the same. It needs a causal decoder and a sharing
+      scheme without prefixes. `packing_length` is the most tokens of a sequence; None for no limit.
     - `dataset_sizes`: rows of streamed datasets (`IterableDataset`) by name, as a dictionary; for those that do not
       know it themselves. They set shares and the length of an epoch, and need not be exact.
+
+    What generating tasks (`causal_lm`) are evaluated by:
+
+    - `predict_with_generate`: write text for every row, and compare it with the target (`exact_match`, `rouge_l`);
+      without it, and beside it, the likelihood of the targets counts (see [`hf_multitask.generation`]).
 
     What counts:
 
@@ -62,8 +71,13 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `gradient_combination`, `gradient_combination_kwargs`: how the tasks' gradients on the shared parameters become
       one; a name in `COMBINATIONS`, `graddrop`, or a weighting of `torchjd`. All but `sum` hold a copy of the shared
       gradient per task.
-    - `combination_every`: optimizer steps between two decisions; in between the coefficients are used again, at the
-      price of a plain step.
+    - `auxiliary_gating`: how the gradient of an auxiliary task on the shared parameters counts; a name in
+      [`hf_multitask.balancing.gating.GATINGS`]. `cosine` lets it count in full while it does not conflict with the
+      primary task's (without `primary_task`, with the weighted sum of all tasks that are not auxiliary) and not at all
+      while it does; `weighted_cosine` as far as they agree. None, the default, does not look. It comes before the
+      gradient combination, at the same steps and price, and each optimizer step must hold rows of both kinds.
+    - `combination_every`: optimizer steps between two decisions; in between coefficients and gates are used again, at
+      the price of a plain step.
     - `gradient_memory`: `buffer` keeps the gradients of all tasks, T + 1 times the shared parameters in float32;
       `sketch` keeps small sketches of them and runs every step a second time, with the coefficients that the sketches
       gave: twice the time, and the memory of a plain step (see [`hf_multitask.balancing.sketch`] for the error).
@@ -111,6 +125,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
     gradient_combination_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the gradient combination, as JSON."}
     )
+    auxiliary_gating: str | None = field(
+        default=None, metadata={"help": "Gate of auxiliary gradients: 'cosine', 'weighted_cosine', or none."}
+    )
     combination_every: int = field(default=1, metadata={"help": "Steps between two decisions of the combination."})
     gradient_memory: str = field(
         default="buffer", metadata={"help": "Keep the tasks' gradients in a 'buffer', or a 'sketch' of them."}
@@ -129,6 +146,11 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )
     max_length: int | None = field(default=None, metadata={"help": "Longest input in tokens; longer ones are cut."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    predict_with_generate: bool = field(
+        default=False, metadata={"help": "Let tasks that generate write text at evaluation and prediction."}
+    )
+    packing: bool = field(default=False, metadata={"help": "Put short rows of causal_lm tasks into long sequences."})
+    packing_length: int | None = field(default=None, metadata={"help": "Most tokens of a packed sequence."})
     dataset_sizes: dict[str, int] | str | None = field(
         default=None, metadata={"help": "Rows of streamed datasets by name, as JSON."}
     )
@@ -151,6 +173,11 @@ class MultiTaskTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} {value!r} is not known{closest(value, allowed)}; choose from {allowed}")
+        if self.auxiliary_gating is not None and self.auxiliary_gating not in GATINGS:
+            raise ValueError(
+                f"auxiliary_gating {self.auxiliary_gating!r} is not known{closest(self.auxiliary_gating, GATINGS)}; "
+                f"choose from {', '.join(GATINGS)}, or None"
+            )
         check_mixing(self.task_sampling, self.mixing_kwargs)
         if isinstance(self.loss_weighting, str):
             check_weighting(self.loss_weighting, self.weighting_kwargs)
@@ -173,7 +200,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-        for name in ("max_length", "dataset_num_proc"):
+        for name in ("max_length", "dataset_num_proc", "packing_length"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
@@ -241,7 +268,6 @@ def settle_args(args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskT
             args.train_sampling_strategy not in ("random", "group_by_length"),
             "task_sampling and batch_composition say how rows are drawn; 'group_by_length' does",
         ),
-        "predict_with_generate": (getattr(args, "predict_with_generate", False), "none of the tasks generates text"),
         "eval_do_concat_batches=False": (not args.eval_do_concat_batches, "metrics need whole datasets"),
         "an optimizer of your own with backbone_learning_rate or head_learning_rate": (
             optimizer is not None and (args.backbone_learning_rate, args.head_learning_rate) != (None, None),

@@ -65,7 +65,7 @@ def count_window(
     for batch in batches:
         tokens += batch.get("num_tokens", 0)
         for task, items in batch.get("num_items", {}).items():
-            counts[task][0] += batch["segments"][task].rows
+            counts[task][0] += len(batch["labels"][task])  # a segment may hold several rows in one
             counts[task][1] += items
     values = [*counts.values(), [tokens, 0]]
     if num_processes > 1:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
@@ -37,7 +38,9 @@ def main(
     settings = json.loads(extra)
     scheme = SCHEMES[settings.pop("scheme", "hard")]
     torch.manual_seed(0)
-    model = scheme.from_backbone(BACKBONES["bert"](), make_tasks(), **settings.pop("options", {}))
+    changes = settings.pop("tasks", {})
+    tasks = [replace(task, **changes.get(task.name, {})) for task in make_tasks()]
+    model = scheme.from_backbone(BACKBONES["bert"](), tasks, **settings.pop("options", {}))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             # Which random numbers a row gets depends on the layout; a run that goes on has that of its first part.
@@ -64,8 +67,7 @@ def main(
         batch_composition=composition,
         loss_reduction=reduction,
         task_sampling="temperature" if sampling == "streams" else sampling,
-        task_sampling_kwargs={"weights": shares} if sampling == "weighted" else None,
-        **settings,
+        **{"task_sampling_kwargs": {"weights": shares} if sampling == "weighted" else None, **settings},
     )
     shard_on_the_cpu()
     datasets = make_datasets(rows=44)

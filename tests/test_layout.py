@@ -20,6 +20,7 @@ LONGEST = 350
 # A module imports from lower floors, and from its own folder where that is on its own floor.
 FLOORS = {
     "models": 0,
+    "answer_metrics": 1,
     "data": 1,
     "balancing": 1,
     "guard": 1,
@@ -31,14 +32,17 @@ FLOORS = {
     "best_metric": 2,
     "checkpointing": 2,
     "evaluation": 2,
+    "generation": 2,
+    "gap_sampling": 2,
     "guarded_step": 2,
     "loading": 2,
     "prediction": 2,
     "training_args": 2,
+    "recipe": 3,
+    "row_prediction": 2,
+    "running": 3,
     "trainer": 3,
     "analysis": 4,
-    "recipe": 4,
-    "running": 4,
     "cli": 5,
 }
 

@@ -13,16 +13,33 @@ from transformers import PreTrainedTokenizerBase
 from ..models.heads import IGNORE_INDEX
 from ..models.passes import Segment
 from ..models.task import Task, TaskType
+from .choice_batch import ChoiceBatch, ChoiceTask
+from .language_batch import LanguageRows, LanguageTask
 from .sources import Source, label_key
 
 __all__ = ["DataCollatorForMultiTask"]
 
 
 class _Plan(NamedTuple):
-    """What the collator needs to know of a source: the id of its first task, and (name, column, type) of each."""
+    """What the collator needs to know of a source: the id of its first task, and (name, column, type) of each.
+
+    `expand` makes the sequences that the model reads, where they are not the rows as they are.
+    """
 
     first: int
     tasks: tuple[tuple[str, str, TaskType], ...]
+    expand: LanguageTask | ChoiceTask | None
+
+
+class _Slice(NamedTuple):
+    """Some rows of one source; slices are sorted, longest row first, and no two have the same `first`."""
+
+    negative_length: int
+    first: int
+    plan: _Plan
+    rows: list[dict[str, Any]]
+    sequences: list[dict[str, Any]]
+    expanded: LanguageRows | ChoiceBatch | None
 
 
 class DataCollatorForMultiTask:
@@ -35,17 +52,32 @@ class DataCollatorForMultiTask:
     source with the longest row first, so that slices of similar length lie side by side; within a source they keep
     their order. Padding is on the right.
 
+    Each row of a `multiple_choice` task becomes a row of the batch for each choice; `label_positions` says which belong
+    together. Tasks over the vocabulary have labels `[rows, K]` and, there, where each is predicted (see the model's
+    `forward`). With packing, their rows stand together in long sequences: then the batch holds `position_ids`,
+    which begin anew with each row, and `packed` is True.
+
     Args:
         tokenizer: Gives the padding ids (which are not 0 for every tokenizer).
         tasks: The model's tasks, in its order.
         pad_to_multiple_of: Round L up to a multiple of this, for hardware that prefers it.
+        seed: Seed of what `masked_lm` hides.
+        packing: Whether short rows of `causal_lm` stand together in long sequences.
+        packing_length: Most tokens in such a sequence; None for no limit.
 
     Raises:
-        ValueError: The tokenizer has no pad token.
+        ValueError: The tokenizer has no pad token, or no mask token where a task needs one.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], pad_to_multiple_of: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Sequence[Task],
+        pad_to_multiple_of: int | None = None,
+        *,
+        seed: int = 0,
+        packing: bool = False,
+        packing_length: int | None = None,
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError(f"tokenizer {type(tokenizer).__name__} has no pad token; set tokenizer.pad_token")
@@ -53,6 +85,12 @@ class DataCollatorForMultiTask:
         self.task_ids = {task.name: index for index, task in enumerate(tasks)}
         self.pad_to_multiple_of = pad_to_multiple_of or 1
         self._plans: dict[str, _Plan] = {}
+        self._expand: dict[str, LanguageTask | ChoiceTask] = {
+            task.name: LanguageTask(task, tokenizer, seed, packing, packing_length)
+            for task in tasks
+            if task.type.is_language
+        }
+        self._expand |= {task.name: ChoiceTask(task) for task in tasks if task.type is TaskType.MULTIPLE_CHOICE}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of some rows of a [`MultiTaskDataset`]."""
@@ -67,11 +105,13 @@ class DataCollatorForMultiTask:
         slices = []
         for name, group in groups.items():
             plan = self._plans.get(name) or self._plan(group[0]["source"])
-            length = max([len(row["input_ids"]) for row in group]) if len(group) > 1 else len(group[0]["input_ids"])
-            slices.append((-length, plan.first, plan, group))
+            expanded = None if plan.expand is None else plan.expand(group)
+            seen = group if expanded is None else expanded.sequences
+            length = max([len(row["input_ids"]) for row in seen]) if len(seen) > 1 else len(seen[0]["input_ids"])
+            slices.append(_Slice(-length, plan.first, plan, group, seen, expanded))
         slices.sort()  # never looks beyond `first`, which is another for every source
-        ordered = [row for *_, group in slices for row in group]
-        longest = -slices[0][0]
+        ordered = [row for part in slices for row in part.sequences]
+        longest = -slices[0].negative_length
         longest += -longest % self.pad_to_multiple_of
 
         lengths = np.array([len(row["input_ids"]) for row in ordered])
@@ -81,8 +121,12 @@ class DataCollatorForMultiTask:
         }
         if any("token_type_ids" in row for row in ordered):
             batch["token_type_ids"] = self._pad(ordered, "token_type_ids", longest)
-        batch["task_ids"] = torch.tensor([first for _, first, _, group in slices for _ in group])
+        if any("position_ids" in row for row in ordered):
+            batch["position_ids"], batch["packed"] = _positions(ordered, longest), True
+        batch["task_ids"] = torch.tensor([part.first for part in slices for _ in part.sequences])
         batch["segments"], batch["labels"], batch["num_items"] = _group_labels(slices)
+        if positions := _group_expanded(slices, longest, batch["labels"], batch["num_items"]):
+            batch["label_positions"] = positions
         batch["num_tokens"] = int(lengths.sum())
         if not batch["labels"]:
             del batch["labels"], batch["num_items"], batch["num_tokens"]
@@ -90,7 +134,7 @@ class DataCollatorForMultiTask:
 
     def _plan(self, source: Source) -> _Plan:
         tasks = tuple((task.name, label_key(task.name), task.type) for task in source.tasks)
-        self._plans[source.name] = _Plan(self.task_ids[tasks[0][0]], tasks)
+        self._plans[source.name] = _Plan(self.task_ids[tasks[0][0]], tasks, self._expand.get(tasks[0][0]))
         return self._plans[source.name]
 
     def _pad(self, rows: list[dict[str, Any]], key: str, length: int) -> Tensor:
@@ -101,10 +145,34 @@ class DataCollatorForMultiTask:
         return torch.from_numpy(array)
 
 
-def _group_labels(
-    slices: Sequence[tuple[int, int, _Plan, list[dict[str, Any]]]],
-) -> tuple[dict[str, Segment], dict[str, Tensor], dict[str, int]]:
-    """Return segments, labels and item counts by task, for `(-longest row, first task, plan, rows)` in their order."""
+def _positions(sequences: Sequence[dict[str, Any]], length: int) -> Tensor:
+    """Return `[B, L]`, the place of each token in its row; padding counts as a row of its own."""
+    array = np.zeros((len(sequences), length), dtype=np.int64)
+    for i, sequence in enumerate(sequences):
+        size = len(sequence["input_ids"])
+        array[i, :size] = sequence.get("position_ids", np.arange(size))
+        array[i, size:] = np.arange(length - size)
+    return torch.from_numpy(array)
+
+
+def _group_expanded(
+    slices: Sequence[_Slice], length: int, labels: dict[str, Tensor], num_items: dict[str, int]
+) -> dict[str, Tensor]:
+    """Add labels and item counts of tasks with sequences of their own, and return where these predict, by task."""
+    positions = {}
+    for part in slices:
+        if part.expanded is None or (isinstance(part.expanded, LanguageRows) and not part.expanded.tokens):
+            continue
+        name = part.plan.tasks[0][0]
+        values, places = part.expanded.arrays(length)
+        positions[name] = torch.from_numpy(places)
+        if values is not None:
+            labels[name], num_items[name] = torch.from_numpy(values), part.expanded.num_items
+    return positions
+
+
+def _group_labels(slices: Sequence[_Slice]) -> tuple[dict[str, Segment], dict[str, Tensor], dict[str, int]]:
+    """Return segments by task, and labels and item counts of tasks whose rows are read as they are."""
     segments: dict[str, Segment] = {}
     labels: dict[str, Tensor] = {}
     num_items: dict[str, int] = {}
@@ -113,13 +181,13 @@ def _group_labels(
     cut_tasks: list[str] = []
     single, tokens = TaskType.SINGLE_LABEL_CLASSIFICATION, TaskType.TOKEN_CLASSIFICATION
     start = 0
-    for negative_length, _, plan, group in slices:
+    for negative_length, _, plan, group, sequences, expanded in slices:
         first, count = group[0], len(group)
-        segment = Segment(start, start + count, -negative_length)
-        start += count
+        segment = Segment(start, start + len(sequences), -negative_length)
+        start += len(sequences)
         for name, key, task_type in plan.tasks:
             segments[name] = segment
-            if key not in first:
+            if key not in first or expanded is not None:
                 continue
             num_items[name] = count
             if task_type is single:
@@ -133,7 +201,8 @@ def _group_labels(
                 labels[name] = torch.from_numpy(array)
                 num_items[name] = int((array != IGNORE_INDEX).sum())
             else:
-                labels[name] = torch.from_numpy(np.asarray([row[key] for row in group], dtype=np.float32))
+                kind = np.int64 if task_type is TaskType.QUESTION_ANSWERING else np.float32
+                labels[name] = torch.from_numpy(np.asarray([row[key] for row in group], dtype=kind))
     if class_ids:
         labels.update(zip(cut_tasks, torch.tensor(class_ids).split(cuts), strict=True))
     return segments, labels, num_items

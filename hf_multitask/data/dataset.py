@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 
 from ..models.task import closest
 from .preprocessing import prepare
@@ -45,6 +45,11 @@ class _Column:
         return values[row].item() if offsets is None else values[offsets[row] : offsets[row + 1]]
 
 
+def _is_text(feature: Any) -> bool:
+    value = feature.feature if isinstance(feature, List) else feature
+    return isinstance(value, Value) and value.dtype in ("string", "large_string")
+
+
 class MultiTaskDataset(torch.utils.data.Dataset):
     """The rows of all sources, numbered through: a row's number is its number in its source plus the rows before.
 
@@ -61,7 +66,11 @@ class MultiTaskDataset(torch.utils.data.Dataset):
     def _open(self) -> None:
         self.rows = [part if part._indices is None else part.flatten_indices() for part in self.rows]
         self._ends = np.cumsum([len(part) for part in self.rows]).tolist()
-        self._columns = [[(name, _Column(part.data.column(name))) for name in part.column_names] for part in self.rows]
+        # Texts are for evaluation, and go into no batch.
+        self._columns = [
+            [(name, _Column(part.data.column(name))) for name in part.column_names if not _is_text(part.features[name])]
+            for part in self.rows
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the views of memory behind: another process opens the files itself."""
@@ -89,9 +98,9 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one row: its `source`, and its columns as numbers and arrays."""
+        """Return one row: its `source`, its columns as numbers and arrays, and its `place`: the pass and its number."""
         number, row = self._place(index)
-        result: dict[str, Any] = {"source": self.sources[number]}
+        result: dict[str, Any] = {"source": self.sources[number], "place": (getattr(index, "repeat", 0), row)}
         for name, column in self._columns[number]:
             result[name] = column[row]
         return result

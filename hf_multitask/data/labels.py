@@ -36,9 +36,10 @@ def _kind(feature: Any) -> str:
 
 def label_feature(task: Task) -> Any:
     """Return the Arrow type in which a task's encoded labels are stored."""
-    if task.type is TaskType.SINGLE_LABEL_CLASSIFICATION:
+    if task.type in (TaskType.SINGLE_LABEL_CLASSIFICATION, TaskType.MULTIPLE_CHOICE):
         return Value("int32")
-    return List(Value("int32" if task.type is TaskType.TOKEN_CLASSIFICATION else "float32"))
+    whole = task.type in (TaskType.TOKEN_CLASSIFICATION, TaskType.QUESTION_ANSWERING, TaskType.MASKED_LM)
+    return List(Value("int32" if whole else "float32"))
 
 
 class LabelEncoder:

@@ -19,10 +19,11 @@ from ..models.backbone import usable_positions
 from ..models.heads import IGNORE_INDEX
 from ..models.scheme import SharingScheme
 from ..models.task import TaskType
-from .row_encoding import RowEncoder, make_row_encoder
+from .all_rows import make_row_encoder
+from .row_encoding import RowEncoder
 from .sources import Source, label_key
 
-__all__ = ["check_something_left", "check_tokenizer", "longest_input", "prepare"]
+__all__ = ["check_packing", "check_something_left", "check_tokenizer", "longest_input", "prepare"]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> None:
@@ -43,6 +44,23 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrained
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the backbone embeddings for {embeddings}: they do not belong "
             "together, or tokens were added; then call model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def check_packing(model: Any, packing: bool) -> None:
+    """Check that short rows can stand together in long sequences.
+
+    Raises:
+        ValueError: No task is one over whole texts, or the model cannot keep apart what stands in one sequence.
+    """
+    if not packing:
+        return
+    if not any(task.type is TaskType.CAUSAL_LM for task in model.tasks):
+        raise ValueError("packing=True is for causal_lm tasks, and there is none: other rows are not packed")
+    if not model.supports_packing:
+        raise ValueError(
+            f"packing=True does not go with {type(model).__name__}, which cannot keep the rows of a sequence apart; "
+            "use hard sharing, soft sharing or adapters, or leave packing out"
         )
 
 
@@ -81,6 +99,7 @@ def prepare(
     split: str = "train",
     num_proc: int | None = None,
     labels: bool | None = True,
+    seed: int = 0,
 ) -> Dataset:
     """Return a source's rows as model inputs and encoded labels; the given dataset stays as it is.
 
@@ -92,6 +111,7 @@ def prepare(
         split: Name of the split, for messages.
         num_proc: Number of processes.
         labels: Whether the label columns must be there; None takes those that are.
+        seed: Seed of which of several prompts a row gets.
 
     Raises:
         TypeError: It is not a `datasets.Dataset`.
@@ -109,7 +129,7 @@ def prepare(
         raise ValueError(f"{where} has a transform, which would be passed over; apply it with .map(...)")
     dataset = dataset.with_format(None)
     try:
-        encoder = make_row_encoder(dataset.features, source, tokenizer, max_length, labels)
+        encoder = make_row_encoder(dataset.features, source, tokenizer, max_length, labels, seed)
         prepared = dataset.map(
             encoder,
             with_indices=True,
@@ -123,6 +143,10 @@ def prepare(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     check_something_left(prepared.data, encoder, where)
+    try:
+        encoder.check(prepared.data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return prepared
 
 

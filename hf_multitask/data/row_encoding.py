@@ -15,19 +15,9 @@ from ..models.task import Task, TaskType
 from .labels import LabelEncoder, label_feature
 from .sources import Source, label_key
 
-__all__ = ["RowEncoder", "make_row_encoder"]
+__all__ = ["RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
 
-_VERSION = 2  # part of the cache key: raise it when the prepared form changes
-
-
-def make_row_encoder(
-    features: Features, source: Source, tokenizer: PreTrainedTokenizerBase | None, max_length: int, labels: bool | None
-) -> RowEncoder:
-    """Return what prepares rows of these `features`; the other arguments and errors are those of `prepare`."""
-    max_length = source.tasks[0].max_length or max_length
-    if "input_ids" in features:
-        return _TokenizedRows(features, source, labels, max_length, tokenizer)
-    return _TextRows(features, source, labels, max_length, tokenizer)
+_VERSION = 3  # part of the cache key: raise it when the prepared form changes
 
 
 class RowEncoder:
@@ -35,12 +25,18 @@ class RowEncoder:
 
     special_tokens = 0
     has_token_types = False
+    # Whether each row gives one prepared row, so that a stream can be prepared as it comes.
+    keeps_rows = True
 
     def __init__(self, columns: Features, source: Source, labels: bool | None, max_length: int) -> None:
         self.max_length = max_length
         self.labelled: list[Task] = []
         self.encoders: dict[str, LabelEncoder] = {}
         for task in source.tasks:
+            if task.type is TaskType.MASKED_LM and labels is not False:
+                self.labelled.append(task)  # the text itself is the label
+            if task.label_column is None:
+                continue
             column = self._label_column(task, columns, source)
             if column not in columns:
                 if labels:
@@ -48,7 +44,7 @@ class RowEncoder:
                         f"task {task.name!r}: no column {column!r} for the labels; columns are {', '.join(columns)}"
                     )
                 continue
-            if labels is not False:
+            if labels is not False and not task.type.is_language:
                 self.labelled.append(task)
                 self.encoders[task.name] = self._make_encoder(task, column, columns)
 
@@ -71,12 +67,15 @@ class RowEncoder:
     def _make_encoder(self, task: Task, column: str, columns: Features) -> LabelEncoder:
         return LabelEncoder(task, column, columns)
 
+    def check(self, rows: Any) -> None:
+        """Raise ValueError where a prepared table as a whole is of no use."""
+
     def key(self) -> list[Any]:
         """Return what the result depends on, besides the dataset."""
         return [
             type(self).__name__,
             _VERSION,
-            [(task.to_dict(), self.encoders[task.name].column) for task in self.labelled],
+            [(task.to_dict(), getattr(self.encoders.get(task.name), "column", None)) for task in self.labelled],
         ]
 
     def fingerprint(self, dataset: Dataset) -> str:
@@ -84,7 +83,7 @@ class RowEncoder:
         return Hasher.hash([dataset._fingerprint, *self.key()])
 
 
-class _TextRows(RowEncoder):
+class TextRows(RowEncoder):
     """Rows of text."""
 
     def __init__(
@@ -130,6 +129,7 @@ class _TextRows(RowEncoder):
         self.has_token_types = pair and "token_type_ids" in tokenizer.model_input_names
 
     def key(self) -> list[Any]:
+        """Return what the result depends on, besides the dataset."""
         side = self.tokenizer.truncation_side
         return [
             *super().key(),
@@ -137,10 +137,11 @@ class _TextRows(RowEncoder):
             self.max_length,
             self.has_token_types,
             side,
-            _tokenizer_key(self.tokenizer),
+            tokenizer_key(self.tokenizer),
         ]
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        """Return the columns of prepared rows, for a batch of rows and their numbers (consecutive ones)."""
         texts = [batch[column] for column in self.columns]
         for column, values in zip(self.columns, texts, strict=True):
             for row, value in zip(indices, values, strict=True):
@@ -161,6 +162,9 @@ class _TextRows(RowEncoder):
         if self.has_token_types:
             result["token_type_ids"] = encoded["token_type_ids"]
         for task in self.labelled:
+            if task.type is TaskType.MASKED_LM:
+                result[label_key(task.name)] = [word_numbers(encoded.word_ids(i)) for i in range(len(indices))]
+                continue
             encoder = self.encoders[task.name]
             labels = encoder.encode(batch[encoder.column], indices[0])
             if task.type is TaskType.TOKEN_CLASSIFICATION:
@@ -175,7 +179,7 @@ class _TextRows(RowEncoder):
         return result
 
 
-class _TokenizedRows(RowEncoder):
+class TokenizedRows(RowEncoder):
     """Rows that were tokenized before; padding is taken out again."""
 
     def __init__(
@@ -189,8 +193,13 @@ class _TokenizedRows(RowEncoder):
         super().__init__(columns, source, labels, max_length)
         self.has_token_types = "token_type_ids" in columns
         self.vocabulary = None if tokenizer is None else len(tokenizer)
+        self.special_ids = frozenset([] if tokenizer is None else tokenizer.all_special_ids)
+        for task in self.labelled:
+            if task.whole_words:
+                raise ValueError(f"task {task.name!r}: whole_words needs texts; in tokenized rows words are not known")
 
     def key(self) -> list[Any]:
+        """Return what the result depends on, besides the dataset."""
         return [*super().key(), self.max_length, self.vocabulary]
 
     def _label_column(self, task: Task, columns: Features, source: Source) -> str:
@@ -206,6 +215,7 @@ class _TokenizedRows(RowEncoder):
         return encoder
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
+        """Return the columns of prepared rows, for a batch of rows and their numbers (consecutive ones)."""
         masks = batch.get("attention_mask") or [[1] * len(ids or ()) for ids in batch["input_ids"]]
         for row, ids, mask in zip(indices, batch["input_ids"], masks, strict=True):
             self._check(row, ids, mask)
@@ -215,6 +225,12 @@ class _TokenizedRows(RowEncoder):
 
         result = {key: unpadded(batch[key]) for key in ("input_ids", "token_type_ids") if key in batch}
         for task in self.labelled:
+            if task.type is TaskType.MASKED_LM:
+                result[label_key(task.name)] = [
+                    word_numbers([None if i in self.special_ids else place for place, i in enumerate(ids)])
+                    for ids in result["input_ids"]
+                ]
+                continue
             encoder = self.encoders[task.name]
             labels = encoder.encode(batch[encoder.column], indices[0])
             if task.type is TaskType.TOKEN_CLASSIFICATION:
@@ -245,6 +261,23 @@ class _TokenizedRows(RowEncoder):
             raise ValueError(f"row {row} holds token ids outside the tokenizer's 0 to {self.vocabulary - 1}")
 
 
+def word_numbers(word_ids: Sequence[int | None]) -> list[int]:
+    """Return the number of each token's word, -100 for special tokens; pairs of texts count their words on.
+
+    Example:
+        >>> word_numbers([None, 0, 1, 1, None, 0, None])
+        [-100, 0, 1, 1, -100, 2, -100]
+    """
+    numbers, offset, last = [], 0, -1
+    for word in word_ids:
+        if word is None:
+            offset, numbers = last + 1, [*numbers, IGNORE_INDEX]
+        else:
+            last = offset + word
+            numbers.append(last)
+    return numbers
+
+
 def first_subword_labels(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
     """Return one label per token: a word's at its first subword, -100 elsewhere.
 
@@ -259,7 +292,8 @@ def first_subword_labels(word_ids: Sequence[int | None], tags: Sequence[int]) ->
     return labels
 
 
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what of a tokenizer decides how texts become tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash(tokenizer)

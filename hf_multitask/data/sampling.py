@@ -12,6 +12,8 @@
 - `weighted`: the shares you give.
 - `annealed` (Stickland & Murray 2019): p ∝ n^α with α falling from 1 to 0.2 over the epochs, so that training begins
   proportional and ends nearly uniform.
+- `performance_gap` (Gottumukkala et al. 2020): p ∝ how far a dataset's validation score is behind its single-task
+  score, anew after each evaluation (see [`hf_multitask.gap_sampling`]).
 
 How probabilities become a sequence of rows is told in [`hf_multitask.data.schedule`].
 """
@@ -119,9 +121,71 @@ def annealed(sizes: Sequence[int], start: float = 1.0, end: float = 0.2, *, epoc
     return temperature(sizes, start + (end - start) * progress)
 
 
+_STARTS = ("proportional", "temperature", "uniform")
+
+
+def performance_gap(
+    sizes: Sequence[int],
+    scores: Mapping[str, float] | None = None,
+    comparison: str | None = None,
+    start: str = "proportional",
+    floor: float = 0.1,
+    delay: int = 10,
+    relative: bool = True,
+    *,
+    gaps: Sequence[float] | None = None,
+) -> list[float]:
+    """Return p ∝ gap to the single-task score (Gottumukkala et al. 2020), with a least share for every dataset.
+
+    With T datasets and the gaps g, none below 0: p_i = floor / T + (1 - floor) · g_i / Σ g.
+
+    Args:
+        sizes: Rows of each dataset.
+        scores: Single-task scores by task (or by dataset, where one task reads it); the trainer turns them into gaps.
+        comparison: In place of `scores`, the `comparison.json` that `hf-multitask compare` wrote.
+        start: Strategy of the shares before the first evaluation, and while no task is behind: `proportional`,
+            `temperature` or `uniform`.
+        floor: The least share of a dataset, in parts of an equal share, in [0, 1].
+        delay: Optimizer steps from an evaluation to the first step with the new shares, at least 1. The rows of the
+            next steps are drawn before an evaluation begins; loaders with workers draw further ahead.
+        relative: Whether gaps are parts of the single-task score, so that metrics on different scales can be
+            compared; else plain differences, as in the paper, whose metrics are all on one scale.
+        gaps: Of each dataset, from the last evaluation; None before it.
+    """
+    if (scores is None) == (comparison is None):
+        raise ValueError(
+            "task_sampling 'performance_gap' needs task_sampling_kwargs={'scores': {task: single-task score}}, or "
+            "{'comparison': 'path/to/comparison.json'}" + ("" if scores is None else ", not both")
+        )
+    if start not in _STARTS:
+        raise ValueError(
+            f"task_sampling_kwargs: start {start!r} is not known{closest(start, _STARTS)}; "
+            f"choose from {', '.join(_STARTS)}"
+        )
+    _check_exponent("floor", floor)
+    if isinstance(delay, bool) or not isinstance(delay, int) or delay < 1:
+        raise ValueError(f"task_sampling_kwargs: delay must be a whole number of at least 1, got {delay!r}")
+    if not isinstance(relative, bool):
+        raise ValueError(f"task_sampling_kwargs: relative must be true or false, got {relative!r}")
+    if gaps is None or not any(gap > 0 for gap in gaps):
+        return MIXING[start](sizes)
+    shares = _normalized([max(gap, 0.0) for gap in gaps])
+    return _normalized([floor / len(sizes) + (1 - floor) * share for share in shares])
+
+
 MIXING: dict[str, Callable[..., list[float]]] = {
     function.__name__: function
-    for function in (proportional, temperature, uniform, round_robin, capped, unimax, weighted, annealed)
+    for function in (
+        proportional,
+        temperature,
+        uniform,
+        round_robin,
+        capped,
+        unimax,
+        weighted,
+        annealed,
+        performance_gap,
+    )
 }
 """Mixing strategies by name: sizes (and the strategy's own arguments) → probabilities that sum to 1."""
 
@@ -129,7 +193,7 @@ SIZELESS = ("uniform", "round_robin", "weighted")
 """Strategies whose probabilities do not depend on the sizes."""
 
 # What the trainer tells a strategy that asks for it; all other arguments are the user's.
-_CONTEXT = ("names", "epoch", "num_epochs", "total_rows")
+_CONTEXT = ("names", "epoch", "num_epochs", "total_rows", "gaps")
 
 
 def check_mixing(name: str, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -161,6 +225,7 @@ def mixing_probabilities(
     epoch: int = 0,
     num_epochs: int = 1,
     total_rows: int | None = None,
+    gaps: Sequence[float] | None = None,
 ) -> list[float]:
     """Return the probabilities of a strategy for one epoch.
 
@@ -171,6 +236,7 @@ def mixing_probabilities(
         epoch: Number of the epoch, from 0.
         num_epochs: Epochs of the whole training.
         total_rows: Rows drawn in the whole training.
+        gaps: Of each dataset, how far it is behind its single-task score.
 
     Raises:
         ValueError: A name or value does not fit.
@@ -180,7 +246,8 @@ def mixing_probabilities(
         [0.9090909090909091, 0.09090909090909091]
     """
     check_mixing(name, kwargs)
-    context = {"names": list(sizes), "epoch": epoch, "num_epochs": num_epochs, "total_rows": total_rows}
+    progress = {"epoch": epoch, "num_epochs": num_epochs, "total_rows": total_rows, "gaps": gaps}
+    context: dict[str, Any] = {"names": list(sizes), **progress}
     parameters = inspect.signature(MIXING[name]).parameters
     asked = {key: value for key, value in context.items() if key in parameters}
     return MIXING[name](list(sizes.values()), **(kwargs or {}), **asked)

@@ -7,6 +7,10 @@ be off by tens of rows, and a small task could stay absent for many steps.) This
 too. Rows of a dataset come in a seeded permutation, a new one for each pass; when a dataset is used up its next pass
 begins, so a small task never ends an epoch. Nothing reads the global random state: the order is a function of
 (seed, epoch) alone, the same for any number of processes and workers.
+
+Where probabilities follow the training itself, as in `performance_gap`, [`ShareChanges`] says from which optimizer step
+on which hold; the order then is a function of (seed, epoch, changes). A change is not seen coming, so shortly after one
+a dataset can be off by nearly two rows.
 """
 
 from __future__ import annotations
@@ -14,11 +18,64 @@ from __future__ import annotations
 import heapq
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["MultiTaskBatchSampler", "Schedule", "windows_per_epoch"]
+__all__ = ["MultiTaskBatchSampler", "RowNumber", "Schedule", "ShareChanges", "windows_per_epoch"]
+
+
+class RowNumber(int):
+    """A row's number that remembers in which pass over its dataset it was drawn, from 0: `repeat`."""
+
+    repeat: int
+
+    def __new__(cls, number: int, repeat: int) -> RowNumber:
+        """Make the number."""
+        result = super().__new__(cls, number)
+        result.repeat = repeat
+        return result
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        return int(self), self.repeat
+
+
+@dataclass
+class ShareChanges:
+    """Probabilities that are found out in the course of training, by the optimizer step from which on they hold.
+
+    The loader draws rows ahead of training, so a change must lie ahead of what has been drawn.
+
+    Args:
+        by_step: Probabilities by number of the step, from 0.
+        drawn: The last step of which a row was drawn.
+    """
+
+    by_step: dict[int, list[float]] = field(default_factory=dict)
+    drawn: int = -1
+
+    def at(self, step: int) -> list[float] | None:
+        """Return the probabilities that a step begins with, or None where they stay; its rows are drawn now."""
+        self.drawn = max(self.drawn, step)
+        return self.by_step.get(step)
+
+    def add(self, step: int, probabilities: Sequence[float]) -> None:
+        """Change the probabilities from a step on.
+
+        Raises:
+            RuntimeError: Rows of that step were drawn already.
+        """
+        if step <= self.drawn:
+            raise RuntimeError(
+                f"shares cannot change from step {step} on: rows of step {self.drawn} were drawn already"
+            )
+        self.by_step[step] = list(probabilities)
+
+    def restart(self, by_step: Mapping[int, Sequence[float]] | None = None) -> None:
+        """Begin a run, with the changes of a checkpoint or with none."""
+        self.by_step = {step: list(probabilities) for step, probabilities in (by_step or {}).items()}
+        self.drawn = -1
 
 
 class Schedule:
@@ -31,59 +88,100 @@ class Schedule:
     Args:
         probabilities: A function from the number of an epoch to the probabilities in it.
         epoch_length: Places per epoch.
+        changes: Probabilities that take the place of these from some step on; looked up when the step is drawn.
+        places_per_step: Places per optimizer step.
     """
 
-    def __init__(self, probabilities: Callable[[int], Sequence[float]], epoch_length: int) -> None:
+    def __init__(
+        self,
+        probabilities: Callable[[int], Sequence[float]],
+        epoch_length: int,
+        changes: ShareChanges | None = None,
+        places_per_step: int = 1,
+    ) -> None:
         self._probabilities = probabilities
         self.epoch_length = epoch_length
+        self._changes = changes
+        self._places_per_step = places_per_step
         size = len(probabilities(0))
         self._margin = 1.0 / (2 * size - 2) if size > 1 else 0.0
         self._epoch = 0
         self._targets = [0.0] * size  # X_i at the start of the epoch
         self._counts = [0] * size  # A_i at the start of the epoch
-        self._next: tuple[list[float], list[int]] | None = None  # the same after it, once known
+        self._changed: Sequence[float] | None = None  # the last change before the epoch
+        self._next: tuple[list[float], list[int], Sequence[float] | None] | None = None  # the same after it, once known
 
     def counts_before(self, epoch: int) -> list[int]:
         """Return how often each index has come before the epoch begins."""
         if epoch < self._epoch:
-            self.__init__(self._probabilities, self.epoch_length)  # type: ignore[misc]
+            self.__init__(  # type: ignore[misc]
+                self._probabilities, self.epoch_length, self._changes, self._places_per_step
+            )
         while self._epoch < epoch:
             if self._next is None:
                 for _ in self.epoch(self._epoch):
                     pass
             assert self._next is not None
-            self._targets, self._counts = self._next
+            self._targets, self._counts, self._changed = self._next
             self._next = None
             self._epoch += 1
         return list(self._counts)
 
+    def _change_at(self, place: int) -> Sequence[float] | None:
+        """Return the probabilities that begin at a place, counted from the start of training."""
+        if self._changes is None or place % self._places_per_step:
+            return None
+        return self._changes.at(place // self._places_per_step)
+
     def epoch(self, epoch: int) -> Iterator[int]:
         """Yield the indices of one epoch, in order: O(log T) each."""
         counts = self.counts_before(epoch)
-        current = self._probabilities(epoch)
-        start = list(self._targets)
+        targets, changed = self._targets, self._changed
+        done, due = 0, self._change_at(epoch * self.epoch_length)
+        while done < self.epoch_length:
+            changed = changed if due is None else due
+            shares = self._probabilities(epoch) if changed is None else changed
+            places, due = yield from self._stretch(epoch, done, targets, counts, changed)
+            targets = [x + p * places for x, p in zip(targets, shares, strict=True)]
+            done += places
+        if epoch == self._epoch:
+            self._next = (targets, counts, changed)
+
+    def _stretch(
+        self, epoch: int, begin: int, start: list[float], counts: list[int], changed: Sequence[float] | None
+    ) -> Generator[int, None, tuple[int, Sequence[float] | None]]:
+        """Yield the indices of an epoch from a place on, to its end or to the next change; count them in `counts`.
+
+        Returns the number of places and the change.
+        """
         length = self.epoch_length
-        ahead: list[Sequence[float]] = [current]
+        ahead: list[Sequence[float]] = []
 
         def place(index: int, level: float) -> float:
-            # First place n (from 1, counted in this epoch and on into later ones) where X_index(n) reaches the level.
+            # First place n (from 1, counted here and on into later epochs) where X_index(n) reaches the level.
             gap = level - start[index]
             if gap <= _TOLERANCE:
                 return 1
+            before = 0
             for later in range(_LOOKAHEAD):
                 if later == len(ahead):
-                    ahead.append(self._probabilities(epoch + later))
+                    ahead.append(self._probabilities(epoch + later) if changed is None else changed)
                 probability = ahead[later][index]
-                if gap <= probability * length + _TOLERANCE:
-                    return later * length + max(math.ceil(gap / probability - _TOLERANCE), 1)
-                gap -= probability * length
+                places = length if later else length - begin
+                if gap <= probability * places + _TOLERANCE:
+                    return before + max(math.ceil(gap / probability - _TOLERANCE), 1)
+                gap -= probability * places
+                before += places
             # So far away that it makes no difference how the shares change until then.
-            return _LOOKAHEAD * length + math.ceil(gap / probability) if probability else math.inf
+            return before + math.ceil(gap / probability) if probability else math.inf
 
         waiting = [(place(i, counts[i] + self._margin), i) for i in range(len(counts))]
         heapq.heapify(waiting)
         ready: list[tuple[float, int]] = []
-        for n in range(1, length + 1):
+        for n in range(1, length - begin + 1):
+            due = self._change_at(epoch * length + begin + n - 1) if n > 1 else None
+            if due is not None:
+                return n - 1, due
             while waiting and waiting[0][0] <= n:
                 index = heapq.heappop(waiting)[1]
                 heapq.heappush(ready, (place(index, counts[index] + 1 - self._margin), index))
@@ -92,8 +190,7 @@ class Schedule:
             counts[index] += 1
             heapq.heappush(waiting, (place(index, counts[index] + self._margin), index))
             yield index
-        if epoch == self._epoch:
-            self._next = ([x + p * length for x, p in zip(start, current, strict=True)], counts)
+        return length - begin, None
 
 
 _STRETCH = 50  # windows that are sorted by length together, as in `transformers`
@@ -129,6 +226,7 @@ class MultiTaskBatchSampler:
         lengths: By dataset, the length of each row: then rows of similar length come together, which pads less. Each
             pass is cut into stretches, of some fifty windows where there are that many, and each begins with its
             longest rows. Shares, and what a pass holds, stay as they are. None leaves a pass in random order.
+        changes: Probabilities that take the place of the first ones from some optimizer step on.
     """
 
     def __init__(
@@ -144,6 +242,7 @@ class MultiTaskBatchSampler:
         composition: str = "mixed",
         drop_last: bool = False,
         lengths: Mapping[str, np.ndarray] | None = None,
+        changes: ShareChanges | None = None,
     ) -> None:
         self.sizes = dict(sizes)
         self._lengths = lengths
@@ -158,7 +257,8 @@ class MultiTaskBatchSampler:
         self._batches = windows_per_epoch(sum(self.sizes.values()), window, drop_last) * accumulation
         # One place of the schedule is a row, or, in batches of a single task, a whole batch.
         self._rows_per_place = rows_per_batch if self._single else 1
-        self.schedule = Schedule(probabilities, self._batches * num_processes * rows_per_batch // self._rows_per_place)
+        places = self._batches * num_processes * rows_per_batch // self._rows_per_place
+        self.schedule = Schedule(probabilities, places, changes, window // self._rows_per_place)
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
         windows = self._batches // accumulation
         self._stretches = -(-windows // max(min(_STRETCH, windows // 4), 1))
@@ -205,4 +305,4 @@ class MultiTaskBatchSampler:
                 order = np.concatenate([p[np.argsort(-self._lengths[name][p], kind="stable")] for p in parts])
             known = (repeat, order)
             self._permutations[name] = known
-        return self._offsets[name] + int(known[1][position])
+        return RowNumber(self._offsets[name] + int(known[1][position]), repeat)

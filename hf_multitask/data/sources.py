@@ -1,4 +1,7 @@
-"""Which tasks read the same rows: those that name the same dataset, the same text columns and the same length."""
+"""Which tasks read the same rows: those that name the same dataset, the same text columns and the same length.
+
+Tasks over the vocabulary have rows of their own, which are changed, or hold the answer.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ def make_sources(tasks: Sequence[Task], shares_rows: bool = True) -> list[Source
     """
     groups: dict[tuple, list[Task]] = {}
     for task in tasks:
-        key = (task.dataset, task.text_columns, task.max_length, None if shares_rows else task.name)
+        alone = not shares_rows or task.type.needs_own_rows
+        key = (task.dataset, task.text_columns, task.max_length, task.name if alone else None)
         groups.setdefault(key, []).append(task)
     uses = [key[0] for key in groups]
     return [

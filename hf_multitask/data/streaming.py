@@ -21,7 +21,8 @@ from datasets import Dataset, Features, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from transformers import PreTrainedTokenizerBase
 
-from .row_encoding import RowEncoder, make_row_encoder
+from .all_rows import make_row_encoder
+from .row_encoding import RowEncoder
 from .schedule import MultiTaskBatchSampler
 from .sources import Source
 
@@ -317,7 +318,12 @@ def prepare_streams(
             raise ValueError(f"{where} has no rows")
         features: Features = dataset.features or Dataset.from_list(first).features
         try:
-            encoder = make_row_encoder(features, source, tokenizer, max_length, True)
+            encoder = make_row_encoder(features, source, tokenizer, max_length, True, seed)
+            if not encoder.keeps_rows:
+                raise ValueError(
+                    f"task {source.tasks[0].name!r}: {source.tasks[0].type} does not go with streamed datasets: a long "
+                    "text gives several rows; load all training data as datasets that are no streams (streaming=False)"
+                )
             encoder({name: [row.get(name) for row in first] for name in first[0]}, list(range(len(first))))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -162,9 +163,10 @@ class AdapterModel(FrozenBackboneModel):
         parts = {f"adapters/{task.name}": f"adapters.{task.name}" for task in self.tasks}
         if self.shared_adapter is not None:
             parts[_SHARED] = _SHARED
+        _, holder = self.peft_layout()
         return {
             folder: {
-                f"{prefix}.{key}.{matrix}": f"base_model.model.{path}.{matrix}.weight"
+                f"{prefix}.{key}.{matrix}": f"base_model.model.{holder}{path}.{matrix}.weight"
                 for key, path in self._paths.items()
                 for matrix in ("lora_A", "lora_B")
             }
@@ -176,12 +178,15 @@ class AdapterModel(FrozenBackboneModel):
         from peft import LoraConfig
 
         rank, alpha = self.config.rank_and_alpha(folder == _SHARED)
+        task_type, holder = self.peft_layout()
+        targets = self.config.target_modules
         return LoraConfig(
-            task_type="FEATURE_EXTRACTION",
+            task_type=task_type,
             r=rank,
             lora_alpha=cast(int, alpha),
             lora_dropout=self.config.lora_dropout,
-            target_modules=self.config.target_modules,
+            # A regular expression is for the whole name.
+            target_modules=f"{re.escape(holder)}(?:{targets})" if isinstance(targets, str) and holder else targets,
             fan_in_fan_out=any(isinstance(self.backbone.get_submodule(path), Conv1D) for path in self._paths.values()),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 __all__ = [
+    "CONFIG_OPTIONS",
+    "adopt_backbone",
     "align_memory",
     "backbone_options",
     "cast_parameters",
     "default_pooling",
+    "is_causal",
     "load_backbone",
+    "load_quietly",
     "sharding_units",
     "usable_positions",
     "weights_hash",
@@ -31,6 +36,9 @@ logger = logging.get_logger(__name__)
 
 # What says where on the Hub, or on the disk, a checkpoint is; its configuration and tokenizer lie there too.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
+
+# What says which configuration a checkpoint has.
+CONFIG_OPTIONS = (*HUB_OPTIONS, "gguf_file")
 
 _ALIGNMENT = 64  # bytes; what torch gives to the tensors it allocates
 
@@ -52,31 +60,44 @@ def load_backbone(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedMod
             backbone.pooler = None
         config = backbone.config
     else:
-        where = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        where = {key: kwargs[key] for key in CONFIG_OPTIONS if key in kwargs}
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **where)
     if config.is_encoder_decoder:
         raise ValueError(f"backbone {config.model_type!r} is an encoder-decoder; give an encoder or a decoder")
     if not isinstance(source, PreTrainedModel):
         options = {**backbone_options(type(config)), **kwargs}
-        backbone = _load(source, config, options)
-    for module in backbone.modules():
-        module._is_hf_initialized = True  # pretrained: the wrapper's post_init must leave these weights alone
-    align_memory(backbone)
+        backbone, fresh = load_quietly(AutoModel, source, config, options)
+        adopt_backbone(backbone, str(source), fresh)
+    else:
+        adopt_backbone(backbone)
     return backbone
 
 
-def _load(source: str, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """Load a backbone, and report what the checkpoint lacked; what it has too much (a pooler, a head) is no news."""
+def load_quietly(
+    auto: Any, source: str, config: PreTrainedConfig, options: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """Load a model by one of Transformers' auto classes; return it, and the names of what its checkpoint lacked.
+
+    What a checkpoint has too much (a pooler, a head) is no news.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        backbone, info = AutoModel.from_pretrained(source, config=config, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(verbosity)
-    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+
+def adopt_backbone(backbone: PreTrainedModel, source: str = "", fresh: Collection[str] = ()) -> None:
+    """Make a loaded backbone ready to be a part of a multi-task model, and report what its checkpoint lacked."""
     if fresh:
-        logger.warning(f"{source} has no weights for {fresh} of {type(backbone).__name__}: they start at random")
-    return backbone
+        logger.warning(
+            f"{source} has no weights for {sorted(fresh)} of {type(backbone).__name__}: they start at random"
+        )
+    for module in backbone.modules():
+        module._is_hf_initialized = True  # pretrained: the wrapper's post_init must leave these weights alone
+    align_memory(backbone)
 
 
 def align_memory(model: PreTrainedModel) -> None:
@@ -133,13 +154,18 @@ def backbone_options(config_class: type[PreTrainedConfig]) -> dict[str, bool]:
     return {}
 
 
-def default_pooling(config: PreTrainedConfig) -> str:
-    """Return `last` for a causal decoder, whose last token alone has read the whole text, else `mean`."""
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Return whether each token of a backbone sees only those before it."""
     model_type = config.get_text_config().model_type
     causal_only = (
         model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     )
-    return "last" if causal_only or getattr(config, "is_decoder", False) else "mean"
+    return causal_only or bool(getattr(config, "is_decoder", False))
+
+
+def default_pooling(config: PreTrainedConfig) -> str:
+    """Return `last` for a causal decoder, whose last token alone has read the whole text, else `mean`."""
+    return "last" if is_causal(config) else "mean"
 
 
 def sharding_units(model: PreTrainedModel) -> list[str]:

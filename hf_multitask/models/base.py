@@ -1,7 +1,7 @@
-"""The common part of every sharing scheme: configuration, loading, the forward contract and the loss.
+"""The common part of every sharing scheme: the forward contract and the loss.
 
 A scheme says how parameters are shared. It implements `encode` and names its shared and its per-task parameters;
-everything else (which rows go through the encoder together, heads, losses, saving and loading) is here.
+everything else (which rows go through the encoder together, heads, losses) is here.
 
 The loss of a batch (or, when the trainer passes `num_items`, of the window the batch belongs to) is
 
@@ -13,129 +13,29 @@ with `N_t` the task's items (rows, or labelled tokens) and `share_t` its fractio
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from torch import Tensor
 
-from .backbone import align_memory, backbone_options, cast_parameters, default_pooling, load_backbone
-from .configuration import MultiTaskConfig
-from .heads import TaskHead, make_head
+from .construction import ConstructedModel
+from .heads import TaskHead
+from .language_head import LanguageHead
 from .output import MultiTaskOutput, task_losses
-from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, cut_rows, plan_passes
-from .rows import CurrentRows, RowTasks
-from .scheme import SharingScheme
-from .task import Task, check_tasks, closest
+from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, cut_rows, places_in_pass, plan_passes
+from .rows import RowTasks
 
 __all__ = ["MultiTaskModel", "MultiTaskOutput"]
 
 
-class MultiTaskModel(SharingScheme):
-    """Abstract base of the sharing schemes: construction, loading, and the forward contract.
+class MultiTaskModel(ConstructedModel):
+    """Abstract base of the sharing schemes: the forward contract.
 
-    What a scheme implements is in [`SharingScheme`].
+    What a scheme implements is in [`hf_multitask.models.scheme.SharingScheme`], how models are made and loaded in
+    [`hf_multitask.models.construction.ConstructedModel`].
     """
-
-    config_class: type[MultiTaskConfig] = MultiTaskConfig
-    # Empty on purpose: a prefix would make `from_pretrained` read the backbone's configuration as ours.
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    # The backbone has the last word; PreTrainedModel only asks whether the wrapper stands in the way.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    # The loss is normalised by `num_items`, not by Trainer's keyword arguments.
-    accepts_loss_kwargs: ClassVar[bool] = False
-
-    def __init__(self, config: MultiTaskConfig, backbone: PreTrainedModel | None = None) -> None:
-        """Build the model; `backbone` is used as it is, without it one is made from the configuration."""
-        super().__init__(config)
-        self.tasks: list[Task] = check_tasks(config.get_tasks())
-        if backbone is None:
-            options = backbone_options(type(config.backbone_config))
-            backbone = AutoModel.from_config(config.backbone_config, **options)
-        self.backbone = backbone
-        self.rows = CurrentRows()
-        pooling = config.pooling or default_pooling(config.backbone_config)
-        width = config.get_text_config().hidden_size
-        self.heads = nn.ModuleDict(
-            {
-                task.name: make_head(task, width, pooling, config.head_dropout, config.backbone_config)
-                for task in self.tasks
-            }
-        )
-
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: str | PreTrainedModel,
-        tasks: Iterable[Task | dict[str, Any]],
-        *,
-        backbone_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> MultiTaskModel:
-        """Make a multi-task model over a pretrained backbone, with freshly initialised heads.
-
-        Args:
-            backbone: A Hub id or folder for `AutoModel.from_pretrained`, or a model in memory, which is copied.
-            tasks: The tasks, in order.
-            backbone_kwargs: Arguments for `AutoModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
-            **options: Fields of the scheme's configuration (`pooling`, `head_dropout`, ...).
-
-        Raises:
-            ValueError: A task, an option or the backbone does not fit.
-
-        Example:
-            >>> from transformers import BertConfig, BertModel
-            >>> bert = BertModel(BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-            >>> from hf_multitask import HardSharingModel
-            >>> HardSharingModel.from_backbone(bert, [Task("score", "regression")]).tasks[0].name
-            'score'
-        """
-        tasks = check_tasks(tasks)
-        for option in options:
-            if option not in cls.options():
-                raise ValueError(
-                    f"{cls.__name__} has no option {option!r}{closest(option, cls.options())}; "
-                    f"options are {', '.join(cls.options())}"
-                )
-        model = load_backbone(backbone, **(backbone_kwargs or {}))
-        config = cls.config_class(
-            backbone_config=model.config,
-            tasks=[task.to_dict() for task in tasks],
-            # Said here because a configuration hands its own setting, None by default, to those inside it.
-            **{"attn_implementation": model.config._attn_implementation, **options},
-            **cls.describe_backbone(backbone, model),
-        )
-        wrapped = cls(config, model)
-        wrapped.config.dtype = model.dtype
-        cast_parameters(wrapped, model.dtype)
-        return wrapped.eval()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model; arguments and result are those of `PreTrainedModel.from_pretrained`."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        align_memory(model)
-        model.freeze_backbone()
-        return loaded
-
-    @classmethod
-    def options(cls) -> list[str]:
-        """Return the options of `from_backbone`: the fields that the scheme's configuration adds to the common ones."""
-        common = {field.name for field in fields(PreTrainedConfig)} | {"backbone_config", "tasks"}
-        return [field.name for field in fields(cls.config_class) if field.name not in common]
-
-    # ---- the common forward ----
 
     def forward(
         self,
@@ -147,6 +47,8 @@ class MultiTaskModel(SharingScheme):
         task_ids: Tensor | None = None,
         segments: Mapping[str, Segment] | None = None,
         labels: Mapping[str, Tensor] | None = None,
+        label_positions: Mapping[str, Tensor] | None = None,
+        packed: bool = False,
         num_items: Mapping[str, int | Tensor] | None = None,
         num_tokens: int | Tensor | None = None,
         loss_weights: Mapping[str, float] | None = None,
@@ -170,7 +72,15 @@ class MultiTaskModel(SharingScheme):
                 the same in plain numbers.
             segments: Which rows belong to which task. Padding must then be on the right. Without it every task that
                 is not auxiliary is computed for all rows, from one pass: the way to serve.
-            labels: Per task, the labels of its rows only.
+            labels: Per task, the labels of its rows only (see its head). For tasks over the vocabulary `[rows, L]`, the
+                ids that `masked_lm` is to find, or the ids of the text itself for `causal_lm`; -100 where nothing is
+                predicted.
+            label_positions: Per task over the vocabulary, `[rows', K]`: its labels are `[rows', K]` too, and each is
+                predicted at the token `row * L + token` of the task's rows. So rows' may be more rows than the batch
+                has, where several stand in one. Per `multiple_choice` task `[examples, C]`, the first token of the row
+                of each choice, below 0 where an example has fewer; without it, each row is scored by itself.
+            packed: A row of the batch may hold several texts, one behind the other, and `position_ids` begin anew with
+                each. The backbone gets no mask then: decoders tell the texts apart by the positions.
             num_items: Per task, the number of items its summed loss is divided by (default: those in this batch).
             num_tokens: What sums over tokens in `regularization` are divided by (default: the tokens in this batch).
             loss_weights: Per task, what its loss is multiplied with in `loss` (default: its share of the rows times
@@ -214,12 +124,23 @@ class MultiTaskModel(SharingScheme):
             raise ValueError("segments is empty")
         for name in segments:
             self._head(name)
+        positions = label_positions or {}
+        if labels:
+            labels = {
+                name: head.align(value)
+                if isinstance(head := self._head(name), LanguageHead) and name not in positions
+                else value
+                for name, value in labels.items()
+            }
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
         encoded: Any = None
-        own_rows: dict[str, tuple[Tensor, Tensor | None]] = {}
+        own_rows: dict[str, tuple[Tensor | None, ...]] = {}
         for part in self._plan(segments, whole, cost, single_pass or wants_internals):
             inputs = cut_rows(tensors, part)
             mask = inputs.get("attention_mask")
+            if packed:
+                inputs.pop("attention_mask", None)
+                inputs["use_cache"] = False  # with a cache decoders do not look for texts in the positions
             with self.rows.use(self._rows_of(part, segments, mask, main.device)):
                 encoded = self.encode(**inputs, **extras)
             for name in part.tasks:
@@ -228,6 +149,14 @@ class MultiTaskModel(SharingScheme):
                 if gradient_scales is not None and hidden.requires_grad:
                     hidden.register_hook(partial(torch.mul, gradient_scales[name]))
                 own_rows[name] = hidden, None if mask is None else mask[own]
+                if isinstance(self.heads[name], LanguageHead):
+                    table = self.vocabulary(name)
+                    if gradient_scales is not None and table.requires_grad:
+                        table = table.view_as(table)
+                        table.register_hook(partial(torch.mul, gradient_scales[name]))
+                    own_rows[name] += (table,)
+                if name in positions:
+                    own_rows[name] += (places_in_pass(positions[name], length, part.length),)
         logits, idle = self._run_heads(own_rows, bool(labels) and run_every_head)
         logits = {name: logits[name] for name in segments}
         added = self.pass_losses(num_tokens)  # asked for in any case: it forgets the passes
@@ -292,7 +221,7 @@ class MultiTaskModel(SharingScheme):
         return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
     def _run_heads(
-        self, own_rows: Mapping[str, tuple[Tensor, Tensor | None]], every: bool
+        self, own_rows: Mapping[str, tuple[Tensor | None, ...]], every: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the logits of the tasks that have rows, and a 0 that depends on the parameters of all other heads.
 
@@ -304,36 +233,14 @@ class MultiTaskModel(SharingScheme):
         logits: dict[str, Tensor] = {}
         idle: list[Tensor] = []
         # Like real rows it wants a gradient: ZeRO-3 fetches parameters where gradients pass by.
-        token = torch.zeros_like(next(iter(own_rows.values()))[0][:1, :1], requires_grad=torch.is_grad_enabled())
+        seen = cast(Tensor, next(iter(own_rows.values()))[0])
+        token = torch.zeros_like(seen[:1, :1], requires_grad=torch.is_grad_enabled())
         for name, head in self.heads.items():
             if name in own_rows:
                 logits[name] = head(*own_rows[name])
             else:
-                idle.append(0.0 * head(token, None).float().sum())
+                table = (self.vocabulary(name),) if isinstance(head, LanguageHead) else ()
+                idle.append(0.0 * head(token, None, *table).float().sum())
                 other = self.idle_term(name)
                 idle += [] if other is None else [other]
         return logits, torch.stack(idle).sum() if idle else None
-
-    # ---- PreTrainedModel's contracts ----
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """Set how layers are computed again in the backward pass: with the rows of the pass they belong to."""
-        super()._set_gradient_checkpointing(enable, self.rows.carry(gradient_checkpointing_func), every_n_layers)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise the layers of the heads; the backbone initialises its own."""
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the backbone's input embeddings."""
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the backbone's input embeddings."""
-        self.backbone.set_input_embeddings(value)

@@ -23,6 +23,7 @@ class MultiTaskConfig(PreTrainedConfig):
         head_dropout: Dropout in front of every head that sets none of its own.
         initializer_range: Standard deviation of the heads' initial weights.
         max_input_length: Longest input in tokens that the model was trained on.
+        generation: Settings of `generate` that came with the backbone's checkpoint.
     """
 
     sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="bert")}
@@ -33,6 +34,7 @@ class MultiTaskConfig(PreTrainedConfig):
     head_dropout: float = 0.1
     initializer_range: float = 0.02
     max_input_length: int | None = None
+    generation: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the tasks and store them as plain dictionaries."""

@@ -23,12 +23,16 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .backbone import HUB_OPTIONS, load_backbone, weights_hash
 from .base import MultiTaskModel
 from .configuration import MultiTaskConfig
+from .language_head import CausalLanguageHead
+from .pretrained_language import load_language_model
+from .task_type import TaskType
 
 __all__ = ["FrozenBackboneConfig", "FrozenBackboneModel"]
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+_OF_BACKBONE = ("backbone.", "lm_head.")  # the tensors that came with the backbone's checkpoint
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -68,6 +72,17 @@ class FrozenBackboneModel(MultiTaskModel):
     @abstractmethod
     def adapter_config(self, folder: str) -> PeftConfig:
         """Return PEFT's configuration for one of the folders."""
+
+    def peft_layout(self) -> tuple[str, str]:
+        """Return the `task_type` of the adapters' configurations, and what comes before names of the backbone's layers.
+
+        Where a task generates, PEFT is to put the adapters, all of them, on an `AutoModelForCausalLM`, which holds the
+        backbone under a name; else on the backbone itself.
+        """
+        for head in self.heads.values():
+            if isinstance(head, CausalLanguageHead):
+                return "CAUSAL_LM", f"{head.layers.native.base_model_prefix}."
+        return "FEATURE_EXTRACTION", ""
 
     # ---- the backbone's identity ----
 
@@ -117,7 +132,7 @@ class FrozenBackboneModel(MultiTaskModel):
         kept = {
             name: value
             for name, value in tensors.items()
-            if name not in elsewhere and (save_backbone or not name.startswith("backbone."))
+            if name not in elsewhere and (save_backbone or not name.startswith(_OF_BACKBONE))
         }
         config, self.config = self.config, copy.deepcopy(self.config)
         self.config.backbone_saved = save_backbone
@@ -171,7 +186,7 @@ class FrozenBackboneModel(MultiTaskModel):
             tensors |= skeleton._read_adapter(folder, part, where)
         _check_shapes(skeleton, tensors, str(folder))
         if not config.backbone_saved:
-            tensors |= _backbone_tensors(config, backbone)
+            tensors |= _backbone_tensors(config, backbone, skeleton.lm_head is not None)
         elif backbone is not None:
             raise ValueError(f"{str(folder)!r} holds the backbone's weights; leave out backbone={backbone!r}")
         if not any(key in kwargs for key in dtypes):
@@ -194,7 +209,7 @@ class FrozenBackboneModel(MultiTaskModel):
     def tensors_elsewhere(self) -> set[str]:
         """Return the names of the tensors that are not in `model.safetensors`."""
         adapters = {ours for names in self.adapter_tensors().values() for ours in names}
-        return adapters | {name for name in self.state_dict() if name.startswith("backbone.")}
+        return adapters | {name for name in self.state_dict() if name.startswith(_OF_BACKBONE)}
 
     def _read_adapter(self, folder: Any, part: str, where: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the tensors of one adapter of a saved model, by our names."""
@@ -243,13 +258,26 @@ def _check_shapes(model: MultiTaskModel, tensors: Mapping[str, Tensor], folder: 
             )
 
 
-def _backbone_tensors(config: FrozenBackboneConfig, backbone: str | PreTrainedModel | None) -> dict[str, Tensor]:
-    """Return the backbone's tensors, by our names, after checking that it is the one that was trained with."""
+def _backbone_tensors(
+    config: FrozenBackboneConfig, backbone: str | PreTrainedModel | None, with_table: bool
+) -> dict[str, Tensor]:
+    """Return the backbone's tensors, by our names, after checking that it is the one that was trained with.
+
+    With `with_table` the table that tokens are predicted with is one of them.
+    """
     source = config.backbone_name if backbone is None else backbone
     if source is None:
         raise ValueError("the saved model has no backbone and names none; give from_pretrained(..., backbone=...)")
     options = {} if isinstance(source, PreTrainedModel) else {"dtype": config.dtype}
-    loaded = load_backbone(source, **options)
+    table = None
+    if with_table:
+        kind = next(task.type for task in config.get_tasks() if TaskType(task.type).is_language)
+        loaded, parts = load_language_model(source, kind, **options)
+        table = parts.table
+        if table is None:
+            raise ValueError(f"backbone {source!r} comes without the table that its tasks predict tokens with")
+    else:
+        loaded = load_backbone(source, **options)
     found = weights_hash(loaded)
     if found != config.backbone_hash:
         name = type(source).__name__ if isinstance(source, PreTrainedModel) else repr(source)
@@ -258,4 +286,5 @@ def _backbone_tensors(config: FrozenBackboneConfig, backbone: str | PreTrainedMo
             f"{found[:16]}, the configuration has {str(config.backbone_hash)[:16]}; give the right one by "
             "from_pretrained(..., backbone=...)"
         )
-    return {f"backbone.{name}": value for name, value in loaded.state_dict().items()}
+    tensors = {f"backbone.{name}": value for name, value in loaded.state_dict().items()}
+    return tensors if table is None else {**tensors, "lm_head.weight": table}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from .native_head import NativeLayers
-from .task import Task, TaskType
+from .task import Task
 
-__all__ = ["HEADS", "TaskHead", "make_head", "pool"]
+__all__ = ["IGNORE_INDEX", "MultiLabelHead", "RegressionHead", "SingleLabelHead", "TaskHead", "TokenHead", "pool"]
 
 IGNORE_INDEX = -100
 
@@ -162,18 +162,3 @@ class TokenHead(SingleLabelHead):
     def row_items(labels: Tensor) -> Tensor:
         """Return the number of labelled tokens of each row, `[B]`, int64."""
         return labels.ne(IGNORE_INDEX).sum(-1)
-
-
-HEADS: dict[TaskType, type[TaskHead]] = {
-    TaskType.SINGLE_LABEL_CLASSIFICATION: SingleLabelHead,
-    TaskType.MULTI_LABEL_CLASSIFICATION: MultiLabelHead,
-    TaskType.REGRESSION: RegressionHead,
-    TaskType.TOKEN_CLASSIFICATION: TokenHead,
-}
-
-
-def make_head(
-    task: Task, hidden_size: int, pooling: str, dropout: float, backbone_config: PreTrainedConfig | None = None
-) -> TaskHead:
-    """Return the head of a task over hidden states of width `hidden_size`."""
-    return HEADS[task.type](task, hidden_size, pooling, dropout, backbone_config)

@@ -125,6 +125,7 @@ class MixtureOfExpertsModel(MultiTaskModel):
     """
 
     config_class = MixtureOfExpertsConfig
+    supports_packing = False
     config: MixtureOfExpertsConfig
     _keep_in_fp32_modules_strict = {"usage"}
 

@@ -1,7 +1,9 @@
 """The heads that Transformers itself puts on a backbone, so that an exported task loads without this library.
 
-`AutoModelForSequenceClassification` and `AutoModelForTokenClassification` give each family a head of its own (BERT
-has a tanh pooler in front, RoBERTa two layers on the first token, ModernBERT a norm, decoders the last token). A
+Tasks over the vocabulary (`masked_lm`, `causal_lm`) always have them, see [`hf_multitask.models.language_head`].
+
+`AutoModelForSequenceClassification` and its sisters for tokens, spans and choices give each family a head of its own
+(BERT has a tanh pooler in front, RoBERTa two layers on the first token, ModernBERT a norm, decoders the last token). A
 [`NativeLayers`] holds such a model without its backbone: in the backbone's place stands a module that returns the
 hidden states which the multi-task model has computed already.
 """
@@ -14,6 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
@@ -23,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .task import Task, TaskType
 
-__all__ = ["NativeLayers", "native_config", "native_model"]
+__all__ = ["GivenHidden", "NativeLayers", "native_config", "native_model"]
 
 _PROBLEMS = (
     TaskType.SINGLE_LABEL_CLASSIFICATION,
@@ -35,6 +41,8 @@ _PROBLEMS = (
 def native_config(task: Task, backbone_config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the backbone's configuration with the labels of a task, as a plain model for the task has it."""
     config = copy.deepcopy(backbone_config)
+    if task.type.is_language:
+        return config
     names = task.labels or [f"LABEL_{number}" for number in range(task.num_outputs)]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
@@ -49,10 +57,16 @@ def native_model(task: Task, backbone_config: PreTrainedConfig) -> PreTrainedMod
     Raises:
         ValueError: Transformers has no such model for the task's type or for the backbone.
     """
-    auto: Any = AutoModelForTokenClassification
+    auto: Any = {
+        TaskType.TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
+        TaskType.QUESTION_ANSWERING: AutoModelForQuestionAnswering,
+        TaskType.MULTIPLE_CHOICE: AutoModelForMultipleChoice,
+        TaskType.MASKED_LM: AutoModelForMaskedLM,
+        TaskType.CAUSAL_LM: AutoModelForCausalLM,
+    }.get(task.type)
     if task.type in _PROBLEMS:
         auto = AutoModelForSequenceClassification
-    elif task.type is not TaskType.TOKEN_CLASSIFICATION:
+    elif auto is None:
         raise ValueError(f"task {task.name!r}: head 'native' is not there for {task.type}; take 'mlp' or 'linear'")
     if type(backbone_config) not in auto._model_mapping:
         raise ValueError(
@@ -62,7 +76,7 @@ def native_model(task: Task, backbone_config: PreTrainedConfig) -> PreTrainedMod
     return auto.from_config(native_config(task, backbone_config))
 
 
-class _GivenHidden(nn.Module):
+class GivenHidden(nn.Module):
     """Stands where the backbone was, and returns hidden states that were computed elsewhere."""
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -73,6 +87,7 @@ class _GivenHidden(nn.Module):
         self.hidden: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Return the hidden states that were given."""
         hidden, self.hidden = cast(Tensor, self.hidden), None
         pooler = getattr(self, "pooler", None)
         return BaseModelOutputWithPoolingAndCrossAttentions(
@@ -95,7 +110,8 @@ class NativeLayers(nn.Module):
         with torch.device("meta"):  # the backbone in it is not needed, and may be large
             model = native_model(task, backbone_config)
         prefix = model.base_model_prefix
-        setattr(model, prefix, _GivenHidden(getattr(model, prefix)))
+        self._prepare(model)
+        setattr(model, prefix, GivenHidden(getattr(model, prefix)))
         if outer.type != "meta":
             model.to_empty(device=outer)
             for module in model.modules():
@@ -104,13 +120,22 @@ class NativeLayers(nn.Module):
                     reset()
         self.native = model
         self._pad = backbone_config.get_text_config().pad_token_id or 0
+        self._is_choice = task.type is TaskType.MULTIPLE_CHOICE
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """Change the whole model, before its backbone is taken out and memory is taken for its parameters."""
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Return the logits, `[B, C]` or `[B, L, C]`, of hidden states `[B, L, H]`."""
+        """Return the logits, `[B, C]` or `[B, L, C]`, of hidden states `[B, L, H]`; of choices `[B, 1]`."""
         if attention_mask is None:
             attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         # Decoders look for the last token that is not padding; which other token it is makes no difference.
         tokens = torch.where(attention_mask.bool(), self._pad + 1, self._pad)
         model = cast(Any, self.native)
         getattr(model, model.base_model_prefix).hidden = hidden
-        return model(input_ids=tokens, attention_mask=attention_mask, return_dict=True).logits
+        if self._is_choice:  # each row is the only choice of its set
+            tokens, attention_mask = tokens.unsqueeze(1), attention_mask.unsqueeze(1)
+        output = model(input_ids=tokens, attention_mask=attention_mask, return_dict=True)
+        if "start_logits" in output:
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
+        return output.logits

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["EncoderPass", "Segment", "cut_rows", "plan_passes"]
+import torch
+from torch import Tensor
+
+__all__ = ["EncoderPass", "Segment", "cut_rows", "places_in_pass", "plan_passes"]
 
 # What one more pass costs, in tokens that could have been computed instead. On a CPU the encoder is busy from the
 # first token; on an accelerator a pass below some thousand tokens waits for its kernel launches.
@@ -111,3 +114,11 @@ def cut_rows(tensors: Mapping[str, Any], part: EncoderPass | Segment) -> dict[st
         if value.dim() > 1 and value.shape[1] != part.length:
             views[key] = views[key][:, : part.length]
     return views
+
+
+def places_in_pass(places: Tensor, length: int, cut_to: int) -> Tensor:
+    """Return places `row * length + token` as they are counted in rows that are cut to fewer tokens."""
+    if length == cut_to:
+        return places
+    rows = torch.div(places, length, rounding_mode="floor")
+    return places - rows * (length - cut_to)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 
 from .backbone import usable_positions
@@ -84,6 +84,7 @@ class PrefixModel(FrozenBackboneModel):
     """
 
     config_class = PrefixConfig
+    supports_packing = False
     config: PrefixConfig
 
     def __init__(self, config: PrefixConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -149,6 +150,42 @@ class PrefixModel(FrozenBackboneModel):
             self.backbone, input_ids, attention_mask=mask, past_key_values=cache, use_cache=False, **kwargs
         )
 
+    def decode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the backbone with a cache: the first call puts the prefix into it, in front of the tokens.
+
+        Raises:
+            ValueError: The cache cannot grow, or the mask is not `[rows, L]`.
+        """
+        if past_key_values is None:
+            kwargs.pop("use_cache", None)
+            output = self.encode(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+            output.past_key_values = None  # of the prefix alone; the next call begins anew
+            return output
+        if not isinstance(past_key_values, DynamicCache) or (attention_mask is not None and attention_mask.dim() != 2):
+            raise ValueError(
+                "with prefixes generate needs a cache that grows, and a mask [rows, L]; leave out cache_implementation"
+            )
+        main = cast(Tensor, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
+        n = self.config.num_virtual_tokens
+        if past_key_values.get_seq_length() == 0:
+            for layer, (keys, values) in enumerate(self.prefix_states()):
+                past_key_values.update(keys, values, layer)
+        mask = main.new_ones((len(main), past_key_values.get_seq_length() + main.shape[1]), dtype=torch.long)
+        if attention_mask is not None:
+            mask = torch.cat([mask[:, :n], attention_mask], dim=1)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids + n
+        return self.run_backbone(
+            self.backbone, input_ids, attention_mask=mask, past_key_values=past_key_values, **kwargs
+        )
+
     def prefix_states(self) -> list[tuple[Tensor, Tensor]]:
         """Return the prefixes of the rows of the current pass.
 
@@ -196,7 +233,7 @@ class PrefixModel(FrozenBackboneModel):
 
         layers, heads, width = _layout(self.config.get_text_config())
         return PrefixTuningConfig(
-            task_type="FEATURE_EXTRACTION",
+            task_type=self.peft_layout()[0],
             num_virtual_tokens=self.config.num_virtual_tokens,
             num_layers=layers,
             num_attention_heads=heads,

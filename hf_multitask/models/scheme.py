@@ -43,10 +43,15 @@ class SharingScheme(PreTrainedModel, ABC):
     # Whether FSDP and DeepSpeed may shard its parameters: every process must run the same modules.
     supports_sharding: ClassVar[bool] = False
 
+    # Whether several texts may stand in one row of a batch, told apart by their positions.
+    supports_packing: ClassVar[bool] = True
+
     tasks: list[Task]
     heads: nn.ModuleDict
     backbone: PreTrainedModel
     rows: CurrentRows
+    # The table that tokens are predicted with, where the backbone does not tie it to its input embeddings.
+    lm_head: nn.Linear | None
 
     # ---- what a scheme implements ----
 
@@ -71,6 +76,17 @@ class SharingScheme(PreTrainedModel, ABC):
     def reserved_positions(self) -> int:
         """The backbone's positions that the scheme itself takes, so that inputs cannot have them."""
         return 0
+
+    def decode(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        """Return the backbone's output in the course of writing; `past_key_values` holds what was read before.
+
+        Whose rows they are is in `self.rows.value`.
+        """
+        return self.encode(input_ids, attention_mask=attention_mask, **kwargs)
+
+    def input_embeddings_of(self, name: str) -> nn.Module:
+        """Return the input embeddings that the rows of a task go through."""
+        return self.get_input_embeddings()
 
     def task_modules(self, name: str) -> list[nn.Module]:
         """Return the modules that one task alone trains."""
@@ -163,6 +179,24 @@ class SharingScheme(PreTrainedModel, ABC):
         """Return a model of another sharing scheme that goes on where this one is; see [`conversion.convert`]."""
         return _conversion().convert(self, scheme, **options)
 
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, *, task: str | None = None, **kwargs: Any) -> Any:
+        """Write text for one task, with the parameters that its rows are trained with.
+
+        Args:
+            input_ids: `[B, L]`, prompts, padded on the left.
+            task: The task; may be left out where only one generates.
+            **kwargs: `attention_mask` `[B, L]` and all other arguments of Transformers' `generate`; they go before
+                `Task(generation=...)`, and these before what came with the backbone.
+
+        Returns:
+            What Transformers' `generate` returns: `[B, L + new]`, or an output object.
+
+        Raises:
+            ValueError: The task is unknown or does not generate.
+        """
+        return import_module(f"{__package__}.generation").generate(self, input_ids, task, **kwargs)
+
     def export_task(self, name: str, folder: str | Path, native: bool | None = None) -> None:
         """Write a folder with one task only; see [`conversion.export_task`]."""
         _conversion().export_task(self, name, folder, native)
@@ -198,6 +232,13 @@ class SharingScheme(PreTrainedModel, ABC):
         """Freeze what the scheme does not train; also after loading, which makes new parameters."""
         if self.freezes_backbone:
             self.backbone.requires_grad_(False)
+            if self.lm_head is not None:
+                self.lm_head.requires_grad_(False)
+
+    def vocabulary(self, name: str) -> Tensor:
+        """Return the table that a task predicts tokens with, `[V, E]`."""
+        table = self.input_embeddings_of(name) if self.lm_head is None else self.lm_head
+        return cast(Tensor, table.weight)
 
     def _head(self, name: str) -> TaskHead:
         if name not in self.heads:

@@ -219,11 +219,25 @@ class SoftSharingModel(MultiTaskModel):
         """Return a view `[rows, T, L, H]` of the encoders' rows `[T * rows, L, H]`."""
         return streams.unflatten(0, (len(self.tasks), -1)).transpose(0, 1)
 
+    def input_embeddings_of(self, name: str) -> nn.Module:
+        """Return the input embeddings of a task's encoder."""
+        return self.encoder(name).get_input_embeddings()
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task's encoder in the course of writing.
+
+        Raises:
+            ValueError: There are cross-stitch units, which mix all encoders in every layer.
+        """
+        if self.config.cross_stitch:
+            raise ValueError("generate does not go with cross-stitch units, which keep no cache; train without them")
+        return super().decode(*args, **kwargs)
+
     def _run_heads(self, own_rows: Any, every: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         """Run the heads; each reads its own encoder's outputs."""
         if self.config.cross_stitch:
             numbers = {task.name: number for number, task in enumerate(self.tasks)}
-            own_rows = {name: (hidden[:, numbers[name]], mask) for name, (hidden, mask) in own_rows.items()}
+            own_rows = {name: (hidden[:, numbers[name]], *rest) for name, (hidden, *rest) in own_rows.items()}
         return super()._run_heads(own_rows, every)
 
     def compile_backbone(self, **options: Any) -> None:

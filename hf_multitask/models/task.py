@@ -6,15 +6,19 @@ and read back from there, and every other part of the package asks it instead of
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from enum import Enum
 from typing import Any
 
 from torch import nn
+
+from .task_options import check_columns, check_type_options, template_fields
+from .task_type import TaskType
+from .weight_schedule import settle_schedule
 
 __all__ = ["Task", "TaskType", "check_tasks", "closest"]
 
@@ -25,21 +29,16 @@ _RESERVED_FILE_NAMES = frozenset(
 )
 
 
-class TaskType(str, Enum):
-    """Types of tasks, by Hugging Face's names."""
-
-    SINGLE_LABEL_CLASSIFICATION = "single_label_classification"
-    MULTI_LABEL_CLASSIFICATION = "multi_label_classification"
-    REGRESSION = "regression"
-    TOKEN_CLASSIFICATION = "token_classification"
-
-    def __str__(self) -> str:
-        """Return the plain name, so that messages and JSON show `regression`."""
-        return self.value
-
-
-_DEFAULT_TEXT_COLUMNS = {TaskType.TOKEN_CLASSIFICATION: ("tokens",)}
-_DEFAULT_LABEL_COLUMN = {TaskType.TOKEN_CLASSIFICATION: "tags", TaskType.MULTI_LABEL_CLASSIFICATION: "labels"}
+_DEFAULT_TEXT_COLUMNS = {
+    TaskType.TOKEN_CLASSIFICATION: ("tokens",),
+    TaskType.QUESTION_ANSWERING: ("question", "context"),
+    TaskType.MULTIPLE_CHOICE: ("question",),
+}
+_DEFAULT_LABEL_COLUMN = {
+    TaskType.TOKEN_CLASSIFICATION: "tags",
+    TaskType.MULTI_LABEL_CLASSIFICATION: "labels",
+    TaskType.QUESTION_ANSWERING: "answers",
+}
 _POOLINGS = ("mean", "first", "last")
 _HEADS = ("mlp", "linear", "native")
 
@@ -59,25 +58,50 @@ class Task:
             file name.
         type: A [`TaskType`] or its name.
         labels: The names of the labels, in the order of their ids. Required for all types of classification; for
-            `regression` the names of several target values (default: one nameless value).
+            `regression` the names of several target values (default: one nameless value). For `causal_lm` the targets
+            that there are, if they are a closed set: evaluation then picks the likeliest.
         dataset: The name of the dataset that feeds the task (default: the task's name). Tasks that name the same
             dataset and the same text columns are trained on the same rows with one pass of the encoder.
         text_columns: One column, or two for pairs of texts (default: `text`, or `tokens` for
-            `token_classification`). A column may hold strings or lists of words.
+            `token_classification`; the columns in `prompt`, where there is one). A column may hold strings or lists
+            of words; for `causal_lm` also chat messages, dictionaries with `role` and `content`, the last of which is
+            the target. For `question_answering` the question and the context that holds the answer (default:
+            `question` and `context`); for `multiple_choice` what the choices are about (default: `question`), of two
+            columns the second stands in front of each choice.
         label_column: The column of the labels (default: `label`; `tags` for `token_classification`, `labels` for
-            `multi_label_classification`).
-        weight: Factor of the task's loss, at least 0 (default: 1.0, or 0.1 for an auxiliary task).
+            `multi_label_classification`). For `causal_lm` the column of the targets (default: `target` with a
+            `prompt`; else None, and the whole text is predicted). `masked_lm` has none. For `question_answering`
+            `answers`, dictionaries with lists `text` and `answer_start` (characters of the context), both empty where
+            the context holds no answer; for `multiple_choice` the number of the right choice, from 0.
+        weight: Factor of the task's loss, at least 0 (default: 1.0; 0.1 for an auxiliary task and for language
+            modelling without targets).
         auxiliary: The task is trained only to help others: it counts in no average and is not predicted.
         pooling: How a text becomes one vector: `mean` over its real tokens, `first` or `last` real token (default:
-            the model's). Not used for `token_classification`.
+            the model's). Not used where single tokens are labelled (`token_classification`, `question_answering`).
         head: `mlp` (dropout, linear to half the width, GELU, linear), `linear` (dropout, one linear layer), or
             `native`: what Transformers itself puts on the backbone, so that the exported task loads in its own
-            `AutoModelForSequenceClassification` or `AutoModelForTokenClassification`.
+            `AutoModelForSequenceClassification` (or `...TokenClassification`, `...QuestionAnswering`,
+            `...MultipleChoice`).
         head_dropout: Dropout in front of the head, in [0, 1) (default: the model's `head_dropout`).
         label_smoothing: Weight of the uniform distribution in the target of a cross-entropy, in [0, 1).
         max_length: Longest input in tokens, special tokens included (default: the training argument's).
+        prompt: For `causal_lm`, a template of what stands before the target, with columns in braces
+            (`"Is this good? {text}"`), or several, of which each row gets one, drawn by the seed.
+        chat: For `causal_lm`, put prompt and target into the tokenizer's chat template, as the user's message and
+            the assistant's.
+        generation: For `causal_lm`, arguments of `generate` for evaluation and prediction (`max_new_tokens`, ...).
+        mlm_probability: For `masked_lm`, the share of a row's tokens that are predicted, in (0, 1].
+        whole_words: For `masked_lm`, take all tokens of a word together.
+        stride: For `question_answering`, tokens of the context that two neighbouring windows share: a context that is
+            too long for one window is read in several.
+        max_answer_length: For `question_answering`, the most tokens of an answer that is given.
+        choice_columns: For `multiple_choice`, one column of lists of strings, or one column of strings for each choice
+            (default: `choices`).
         metric: The task's primary metric, one of those that are computed for it (default: by type, see
             [`hf_multitask.metrics`]).
+        weight_schedule: How the weight changes over training, a name or a dictionary with `type` and arguments, such as
+            `linear` or `{"type": "off", "after": 0.5}` (default: not at all; see
+            [`hf_multitask.models.weight_schedule`]). Rows of the task come as before.
 
     Raises:
         ValueError: An argument does not fit; the message names the task, the argument and what is allowed.
@@ -102,6 +126,15 @@ class Task:
     label_smoothing: float = 0.0
     max_length: int | None = None
     metric: str | None = None
+    prompt: tuple[str, ...] | None = None
+    chat: bool = False
+    generation: dict[str, Any] | None = None
+    mlm_probability: float = 0.15
+    whole_words: bool = False
+    stride: int = 128
+    max_answer_length: int = 30
+    choice_columns: tuple[str, ...] | None = None
+    weight_schedule: str | dict[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on the type and check every field."""
@@ -115,12 +148,26 @@ class Task:
                 f"types are {', '.join(known)}"
             ) from None
         text_columns = (self.text_columns,) if isinstance(self.text_columns, str) else self.text_columns
+        if self.prompt is not None:
+            self._set("prompt", (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt))
         self._set("type", task_type)
         self._set("labels", None if self.labels is None else self._check_labels(self.labels))
         self._set("dataset", self.name if self.dataset is None else self.dataset)
+        if (wrong := check_type_options(self)) is not None:
+            raise self._fail(wrong)
+        if task_type is TaskType.MULTIPLE_CHOICE:
+            chosen = (self.choice_columns,) if isinstance(self.choice_columns, str) else self.choice_columns
+            self._set("choice_columns", tuple(chosen or ("choices",)))
+        if self.prompt is not None:
+            found = tuple(dict.fromkeys(name for one in self.prompt for name in template_fields(one)))
+            if text_columns is not None and tuple(text_columns) != found:
+                raise self._fail(f"text_columns are those in the prompt, {', '.join(found)}; leave them out")
+            text_columns = found
         self._set("text_columns", tuple(text_columns or _DEFAULT_TEXT_COLUMNS.get(task_type, ("text",))))
-        self._set("label_column", self.label_column or _DEFAULT_LABEL_COLUMN.get(task_type, "label"))
-        self._set("weight", self.weight if self.weight is not None else (0.1 if self.auxiliary else 1.0))
+        default = "target" if self.prompt is not None else None if task_type.is_language else "label"
+        self._set("label_column", self.label_column or _DEFAULT_LABEL_COLUMN.get(task_type, default))
+        helps = self.auxiliary or (task_type.is_language and self.label_column is None)
+        self._set("weight", self.weight if self.weight is not None else (0.1 if helps else 1.0))
         self._check_options()
 
     def _set(self, field: str, value: Any) -> None:
@@ -144,29 +191,40 @@ class Task:
         return labels
 
     def _check_options(self) -> None:
-        if self.is_classification:
+        if self.type.has_labels:
             fewest = 2 if self.type is TaskType.SINGLE_LABEL_CLASSIFICATION else 1
             if not self.labels or len(self.labels) < fewest:
                 raise self._fail(f"{self.type} needs labels=[...], at least {fewest}, got {self.labels!r}")
         elif self.labels == ():
-            raise self._fail("labels is empty; leave it out for one value")
+            raise self._fail("labels is empty; leave it out" + (" for one value" if not self.is_classification else ""))
+        elif self.labels and self.type in (TaskType.QUESTION_ANSWERING, TaskType.MULTIPLE_CHOICE):
+            raise self._fail(f"{self.type} has no labels; leave them out, the answers are in {self.label_column!r}")
+        elif self.type is TaskType.MASKED_LM and (self.labels or self.label_column):
+            raise self._fail("masked_lm has no labels; leave out labels and label_column")
+        elif self.type is TaskType.CAUSAL_LM and self.labels and self.label_column is None:
+            raise self._fail("labels are the closed set of targets; give prompt or label_column too")
         if not isinstance(self.dataset, str) or not self.dataset:
             raise self._fail(f"dataset must be a name, got {self.dataset!r}")
-        if len(self.text_columns) > 2 or not all(isinstance(c, str) and c for c in self.text_columns):
+        if (len(self.text_columns) > 2 and self.prompt is None) or not all(
+            isinstance(c, str) and c for c in self.text_columns
+        ):
             raise self._fail(f"text_columns must name one column, or two for pairs, got {self.text_columns!r}")
         if len(set(self.text_columns)) != len(self.text_columns):
             raise self._fail(f"text_columns names one column twice: {self.text_columns!r}")
         if self.label_column in self.text_columns:
             raise self._fail(f"column {self.label_column!r} cannot be the text and the label at once")
-        if self.type is TaskType.TOKEN_CLASSIFICATION and len(self.text_columns) != 1:
-            raise self._fail("token_classification takes one text column, not a pair")
+        if (wrong := check_columns(self)) is not None:
+            raise self._fail(wrong)
         weight = self.weight
         if not _is_number(weight) or not 0 <= weight < math.inf:
             raise self._fail(f"weight must be a finite number of at least 0, got {weight!r}")
+        self._set("weight_schedule", settle_schedule(self.weight_schedule, f"task {self.name!r}: "))
         if self.pooling not in (None, *_POOLINGS):
             raise self._fail(f"pooling {self.pooling!r} is not one of {', '.join(_POOLINGS)}")
         if self.head not in _HEADS:
             raise self._fail(f"head {self.head!r} is not one of {', '.join(_HEADS)}")
+        if self.type.is_language and (self.head != "mlp" or self.pooling is not None or self.head_dropout is not None):
+            raise self._fail(f"the head of {self.type} is the backbone's own; leave out head, pooling and head_dropout")
         if self.head == "native" and (self.pooling is not None or self.head_dropout is not None):
             raise self._fail("pooling and head_dropout of head 'native' are the backbone's own; leave them out")
         for field in ("head_dropout", "label_smoothing"):
@@ -191,7 +249,9 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Number of output units of the head: one per label, or per value of a regression."""
+        """Number of output units of the head: one per label, value of a regression, or end of an answer."""
+        if self.type is TaskType.QUESTION_ANSWERING:
+            return 2
         return len(self.labels) if self.labels else 1
 
     def to_dict(self) -> dict[str, Any]:

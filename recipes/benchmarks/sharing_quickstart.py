@@ -20,10 +20,15 @@ from common import describe, write_result
 RECIPE = Path(__file__).parents[1] / "quickstart.yaml"
 SETTINGS: dict[str, list[str]] = {
     "hard": [],
-    "soft": ["training.head_learning_rate=0.001"],
+    "soft": ["training.head_learning_rate=0.005"],
     "conditioned": [],
     "prefix": ["training.learning_rate=0.01"],
-    "adapter": ["training.learning_rate=0.01", "model.rank=8", "model.shared_rank=8"],
+    "adapter": [
+        "training.learning_rate=0.003",
+        "training.head_learning_rate=0.005",
+        "model.rank=8",
+        "model.shared_rank=8",
+    ],
     "mixture_of_experts": ["model.num_experts=4", "model.experts_per_token=1"],
 }
 

@@ -9,7 +9,12 @@ import pytest
 from hf_multitask.data.sampling import MIXING, check_mixing, mixing_probabilities
 
 SIZES = {"large": 1000, "middle": 100, "small": 10}
-NEEDED = {"capped": {"cap": 150}, "weighted": {"weights": {"large": 1, "middle": 0.5, "small": 2.5}}}
+SCORES = {"scores": {"large": 0.9, "middle": 0.8, "small": 0.7}}
+NEEDED = {
+    "capped": {"cap": 150},
+    "weighted": {"weights": {"large": 1, "middle": 0.5, "small": 2.5}},
+    "performance_gap": SCORES,
+}
 
 
 def shares(*weights: float) -> list[float]:
@@ -49,6 +54,24 @@ CLOSED_FORMS = {
 def test_strategies_have_their_closed_forms(case):
     name, kwargs, expected = CLOSED_FORMS[case]
     assert mixing_probabilities(name, SIZES, kwargs) == pytest.approx(expected, abs=1e-12)
+
+
+GAPS = {
+    "before the first evaluation": (None, {}, shares(1000, 100, 10)),
+    "another start": (None, {"start": "uniform"}, shares(1, 1, 1)),
+    "a third of the floor to each": ([0.3, 0.1, 0.0], {}, [0.1 / 3 + 0.9 * 0.75, 0.1 / 3 + 0.9 * 0.25, 0.1 / 3]),
+    "without a floor": ([0.3, 0.1, 0.0], {"floor": 0.0}, [0.75, 0.25, 0.0]),
+    "all of it floor": ([0.3, 0.1, 0.0], {"floor": 1}, shares(1, 1, 1)),
+    "nobody is behind": ([0.0, 0.0, 0.0], {}, shares(1000, 100, 10)),
+    "ahead is not behind": ([-0.5, 0.1, 0.1], {"floor": 0}, [0.0, 0.5, 0.5]),
+}
+
+
+@pytest.mark.parametrize("case", GAPS)
+def test_performance_gap_has_its_closed_form(case):
+    gaps, kwargs, expected = GAPS[case]
+    found = mixing_probabilities("performance_gap", SIZES, {**SCORES, **kwargs}, gaps=gaps)
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 UNIMAX = {
@@ -117,6 +140,12 @@ BAD = {
     "start above 1": ("annealed", {"start": 2}, r"start must lie in \[0, 1\], got 2"),
     "end below 0": ("annealed", {"end": -1}, r"end must lie in \[0, 1\], got -1"),
     "no cap": ("capped", {}, r"'capped' needs task_sampling_kwargs=\{'cap': ...\}"),
+    "no scores": ("performance_gap", {}, r"needs task_sampling_kwargs=\{'scores': .* or \{'comparison': "),
+    "scores twice": ("performance_gap", {**SCORES, "comparison": "x.json"}, r"'comparison': .*, not both"),
+    "another start": ("performance_gap", {**SCORES, "start": "proportionl"}, r"did you mean 'proportional'"),
+    "floor above 1": ("performance_gap", {**SCORES, "floor": 1.5}, r"floor must lie in \[0, 1\], got 1.5"),
+    "delay 0": ("performance_gap", {**SCORES, "delay": 0}, r"delay must be a whole number of at least 1, got 0"),
+    "relative a word": ("performance_gap", {**SCORES, "relative": "no"}, r"relative must be true or false, got 'no'"),
     "cap 0": ("capped", {"cap": 0}, r"cap must be a positive number, got 0"),
     "cap negative": ("capped", {"cap": -5}, r"cap must be a positive number, got -5"),
     "cap NaN": ("capped", {"cap": math.nan}, r"cap must be a positive number, got nan"),

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from hf_multitask.data.collator import DataCollatorForMultiTask
 from hf_multitask.data.dataset import prepare_sources
 from hf_multitask.data.sampling import MIXING, mixing_probabilities
-from hf_multitask.data.schedule import MultiTaskBatchSampler, Schedule, windows_per_epoch
+from hf_multitask.data.schedule import MultiTaskBatchSampler, Schedule, ShareChanges, windows_per_epoch
 from hf_multitask.data.sources import make_sources
 
 EPOCHS = 4
@@ -27,6 +27,7 @@ def probabilities_of(name: str, sizes: dict[str, int]):
     kwargs = {
         "capped": {"cap": 60},
         "weighted": {"weights": {dataset: (i % 5 + 1) ** 2 for i, dataset in enumerate(sizes)}},
+        "performance_gap": {"scores": {}},
     }.get(name)
 
     def probabilities(epoch: int) -> list[float]:
@@ -393,3 +394,109 @@ def test_grouping_by_length_begins_with_the_longest_rows_of_a_stretch():
     found = lengths["a"][np.concatenate(batches(make_sampler(sizes, lengths=lengths))[0])]
     stretches = found.reshape(-1, 400)  # fifty windows of eight rows
     assert (np.diff(stretches) <= 0).all() and len(np.unique(stretches, axis=0)) == 20
+
+
+# Shares that change in the course of training
+
+
+def draw_shares(draw: random.Random, size: int) -> list[float]:
+    weights = [draw.random() ** draw.choice([1, 8]) if draw.random() < 0.8 else 0.0 for _ in range(size)]
+    weights[draw.randrange(size)] += 0.1
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_around_changes_every_share_is_kept_to_within_two_rows(seed):
+    draw = random.Random(seed)
+    size, per_step, steps = draw.choice([2, 3, 5, 9]), draw.choice([1, 4, 32]), draw.choice([3, 10, 25])
+    first = draw_shares(draw, size)
+    changes = ShareChanges({draw.randrange(4 * steps): draw_shares(draw, size) for _ in range(draw.choice([1, 3, 8]))})
+    schedule = Schedule(lambda epoch: first, steps * per_step, changes, per_step)
+    indices = np.concatenate([list(schedule.epoch(epoch)) for epoch in range(4)])
+    shares, targets = first, []
+    for place in range(len(indices)):
+        shares = changes.by_step.get(place // per_step, shares) if place % per_step == 0 else shares
+        targets.append(shares)
+    deviation = np.abs(np.cumsum(np.eye(size)[indices], 0) - np.cumsum(targets, 0)).max()
+    assert deviation < 2
+    counts = [Schedule(lambda epoch: first, steps * per_step, changes, per_step).counts_before(e) for e in range(5)]
+    assert (np.diff(counts, axis=0).sum(1) == steps * per_step).all()
+    assert counts[-1] == np.bincount(indices, minlength=size).tolist()
+
+
+SIZES = {"a": 70, "b": 50, "c": 8}
+FIRST, SECOND, THIRD = [0.6, 0.3, 0.1], [0.0, 0.2, 0.8], [0.3, 0.4, 0.3]
+
+
+def train_on(changes: ShareChanges, moments: dict[int, tuple[int, list[float]]], workers: int = 0, **options):
+    """Return the batches as a loader hands them out; after some steps of training, shares change from a later one on."""
+    accumulation = options.get("accumulation", 1)
+    sampler = make_sampler(SIZES, lambda epoch: FIRST, changes=changes, **options)
+    found, step = [], 0
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        loader = DataLoader(range(1000), batch_sampler=sampler, num_workers=workers, collate_fn=list)
+        for number, batch in enumerate(loader, 1):
+            found.append(batch)
+            if number % accumulation == 0:
+                step += 1
+                if step in moments:
+                    changes.add(*moments[step])
+    return found
+
+
+@pytest.mark.parametrize("composition", ["mixed", "single_task"])
+@pytest.mark.parametrize("options", [dict(rows_per_batch=8), dict(rows_per_batch=4, accumulation=2)])
+def test_a_change_during_training_is_the_same_as_one_known_from_the_start(composition, options):
+    moments = {6: (9, SECOND), 15: (16, THIRD), 20: (33, SECOND)}
+    options = dict(options, composition=composition)
+    found = train_on(ShareChanges(), moments, **options)
+    known = ShareChanges(dict(moments.values()))
+    assert sum(batches(make_sampler(SIZES, lambda epoch: FIRST, changes=known, **options), range(3)), []) == found
+    unchanged = train_on(ShareChanges(), {}, **options)
+    first = 9 * options.get("accumulation", 1)
+    assert found[:first] == unchanged[:first] and found[first : first + 7] != unchanged[first : first + 7]
+    if composition == "mixed":
+        counts = np.bincount(dataset_numbers(SIZES, np.concatenate(found[first : first + 7])), minlength=3)
+        assert counts[0] <= 1  # its share is 0 there
+
+
+def test_a_change_is_the_same_for_workers_that_draw_ahead():
+    moments = {5: (11, SECOND), 20: (26, THIRD)}
+    assert train_on(ShareChanges(), moments) == train_on(ShareChanges(), moments, workers=2)
+
+
+def test_a_change_is_the_same_for_every_layout():
+    known = {9: SECOND, 33: THIRD}
+    ends = []
+    for rows, accumulation, processes in LAYOUTS.values():
+        ranks = [
+            sum(
+                batches(
+                    make_sampler(
+                        SIZES,
+                        lambda epoch: FIRST,
+                        rows_per_batch=rows,
+                        accumulation=accumulation,
+                        num_processes=processes,
+                        process_index=rank,
+                        changes=ShareChanges(dict(known)),
+                    ),
+                    range(10),
+                ),
+                [],
+            )
+            for rank in range(processes)
+        ]
+        flat = [row for i in range(len(ranks[0])) for rank in ranks for row in rank[i]]
+        ends.append([sorted(flat[i : i + 32]) for i in range(0, len(flat), 32)])
+    assert all(end == ends[0] for end in ends)
+
+
+def test_a_change_that_comes_too_late_is_an_error_and_not_another_order():
+    with pytest.raises(RuntimeError, match="from step 5 on: rows of step 8 were drawn already"):
+        train_on(ShareChanges(), {5: (5, SECOND)}, workers=2)
+    changes = ShareChanges()
+    train_on(changes, {})
+    changes.restart({3: SECOND})
+    assert changes.by_step == {3: SECOND} and changes.drawn == -1

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_multitask import Task, TaskType
-from hf_multitask.models.heads import HEADS, make_head, pool
+from hf_multitask.models.all_heads import HEADS, make_head
+from hf_multitask.models.heads import pool
 
 ROWS, LENGTH, WIDTH, CLASSES = 7, 5, 16, 3
 LABELS = ("a", "b", "c")

@@ -167,7 +167,7 @@ def test_an_unknown_or_missing_key_is_named(values, message):
 
 # ---- values that do not fit ----
 
-SINGLE, MULTI, SCORE, TOKENS = TaskType
+SINGLE, MULTI, SCORE, TOKENS, *_ = TaskType
 BAD = {
     "label a truth value": (
         SINGLE,

@@ -1,0 +1,185 @@
+"""How multi-task models come to be: from a backbone, from a configuration, from a saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from .all_heads import make_head
+from .backbone import align_memory, backbone_options, cast_parameters, default_pooling, load_backbone
+from .configuration import MultiTaskConfig
+from .language_head import LanguageHead, is_tied
+from .pretrained_language import LanguageParts, load_language_model
+from .rows import CurrentRows
+from .scheme import SharingScheme
+from .task import Task, check_tasks, closest
+
+__all__ = ["ConstructedModel"]
+
+
+class ConstructedModel(SharingScheme):
+    """The parts of a multi-task model, where they come from, and what `PreTrainedModel` wants to know of them."""
+
+    config_class: type[MultiTaskConfig] = MultiTaskConfig
+    # Empty on purpose: a prefix would make `from_pretrained` read the backbone's configuration as ours.
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # The backbone has the last word; PreTrainedModel only asks whether the wrapper stands in the way.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # The loss is normalised by `num_items`, not by Trainer's keyword arguments.
+    accepts_loss_kwargs: ClassVar[bool] = False
+
+    def __init__(self, config: MultiTaskConfig, backbone: PreTrainedModel | None = None) -> None:
+        """Build the model; `backbone` is used as it is, without it one is made from the configuration."""
+        super().__init__(config)
+        self.tasks: list[Task] = check_tasks(config.get_tasks())
+        if backbone is None:
+            options = backbone_options(type(config.backbone_config))
+            backbone = AutoModel.from_config(config.backbone_config, **options)
+        self.backbone = backbone
+        self.rows = CurrentRows()
+        pooling = config.pooling or default_pooling(config.backbone_config)
+        width = config.get_text_config().hidden_size
+        self.heads = nn.ModuleDict(
+            {
+                task.name: make_head(task, width, pooling, config.head_dropout, config.backbone_config)
+                for task in self.tasks
+            }
+        )
+        language = [head for head in self.heads.values() if isinstance(head, LanguageHead)]
+        self.lm_head = None
+        if language and not is_tied(config.backbone_config):
+            size, width = language[0].layers.table_shape
+            self.lm_head = nn.Linear(width, size, bias=False)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        tasks: Iterable[Task | dict[str, Any]],
+        *,
+        backbone_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Make a multi-task model over a pretrained backbone, with freshly initialised heads.
+
+        Args:
+            backbone: A Hub id or folder for `AutoModel.from_pretrained`, or a model in memory, which is copied.
+            tasks: The tasks, in order.
+            backbone_kwargs: Arguments for `AutoModel.from_pretrained` (`dtype`, `attn_implementation`, ...).
+            **options: Fields of the scheme's configuration (`pooling`, `head_dropout`, ...).
+
+        Raises:
+            ValueError: A task, an option or the backbone does not fit.
+
+        Example:
+            >>> from transformers import BertConfig, BertModel
+            >>> bert = BertModel(BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+            >>> from hf_multitask import HardSharingModel
+            >>> HardSharingModel.from_backbone(bert, [Task("score", "regression")]).tasks[0].name
+            'score'
+        """
+        tasks = check_tasks(tasks)
+        for option in options:
+            if option not in cls.options():
+                raise ValueError(
+                    f"{cls.__name__} has no option {option!r}{closest(option, cls.options())}; "
+                    f"options are {', '.join(cls.options())}"
+                )
+        language = [task for task in tasks if task.type.is_language]
+        parts = LanguageParts()
+        if language:
+            model, parts = load_language_model(backbone, language[0].type, **(backbone_kwargs or {}))
+        else:
+            model = load_backbone(backbone, **(backbone_kwargs or {}))
+        config = cls.config_class(
+            backbone_config=model.config,
+            tasks=[task.to_dict() for task in tasks],
+            # Said here because a configuration hands its own setting, None by default, to those inside it.
+            **{"attn_implementation": model.config._attn_implementation, **options},
+            generation=parts.generation,
+            **cls.describe_backbone(backbone, model),
+        )
+        wrapped = cls(config, model)
+        wrapped._adopt_language(parts)
+        wrapped.config.dtype = model.dtype
+        cast_parameters(wrapped, model.dtype)
+        return wrapped.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model; arguments and result are those of `PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        align_memory(model)
+        model.freeze_backbone()
+        return loaded
+
+    @torch.no_grad()
+    def _adopt_language(self, parts: LanguageParts) -> None:
+        """Take over the pretrained weights of the heads over the vocabulary."""
+        for head in self.heads.values():
+            if isinstance(head, LanguageHead):
+                own = head.layers.native.state_dict()
+                for name, value in parts.layers.items():
+                    if name in own:
+                        own[name].copy_(value)
+        if self.lm_head is not None and parts.table is not None:
+            self.lm_head.weight.copy_(parts.table)
+
+    @classmethod
+    def options(cls) -> list[str]:
+        """Return the options of `from_backbone`: the fields that the scheme's configuration adds to the common ones."""
+        common = {field.name for field in fields(PreTrainedConfig)} | {"backbone_config", "tasks", "generation"}
+        return [field.name for field in fields(cls.config_class) if field.name not in common]
+
+    # ---- PreTrainedModel's contracts ----
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """Set how layers are computed again in the backward pass: with the rows of the pass they belong to."""
+        super()._set_gradient_checkpointing(enable, self.rows.carry(gradient_checkpointing_func), every_n_layers)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise the layers of the heads; the backbone initialises its own."""
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the backbone's input embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's input embeddings."""
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the table that tokens are predicted with, where it is not that of the input embeddings."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Replace the table that tokens are predicted with."""
+        self.lm_head = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize the embeddings as `PreTrainedModel` does, and what heads have for each token."""
+        resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        for head in self.heads.values():
+            if isinstance(head, LanguageHead):
+                head.layers.vocabulary.resize(resized.num_embeddings)
+        return resized

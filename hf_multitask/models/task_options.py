@@ -1,0 +1,96 @@
+"""Checks of those fields of a task that only some types have: templates, masking, generation, windows, choices."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from .task_type import TaskType
+
+__all__ = ["check_columns", "check_type_options", "template_fields"]
+
+# By field, its value where it is not used, and the types that use it.
+_USED_BY: dict[str, tuple[Any, tuple[TaskType, ...]]] = {
+    "prompt": (None, (TaskType.CAUSAL_LM,)),
+    "chat": (False, (TaskType.CAUSAL_LM,)),
+    "generation": (None, (TaskType.CAUSAL_LM,)),
+    "mlm_probability": (0.15, (TaskType.MASKED_LM,)),
+    "whole_words": (False, (TaskType.MASKED_LM,)),
+    "stride": (128, (TaskType.QUESTION_ANSWERING,)),
+    "max_answer_length": (30, (TaskType.QUESTION_ANSWERING,)),
+    "choice_columns": (None, (TaskType.MULTIPLE_CHOICE,)),
+}
+
+
+def template_fields(template: str) -> list[str]:
+    """Return the names of the columns that a template asks for, in order.
+
+    Raises:
+        ValueError: A brace has no partner, or a field is no plain name (attributes and indices are not looked up:
+            a template must not reach into objects).
+
+    Example:
+        >>> template_fields("Is {answer} right? {question}")
+        ['answer', 'question']
+    """
+    names = []
+    for _, name, form, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if not name or not all(part.isalnum() for part in name.split("_") if part) or form or conversion:
+            raise ValueError(f"{{{name}}} is no plain name of a column")
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def check_type_options(task: Any) -> str | None:
+    """Return what is wrong with the fields of a task that only some types have, or None."""
+    for field, (unused, types) in _USED_BY.items():
+        if getattr(task, field) != unused and task.type not in types:
+            return f"{field} is for {' and '.join(map(str, types))}, not for {task.type}"
+    probability = task.mlm_probability
+    if isinstance(probability, bool) or not isinstance(probability, (int, float)) or not 0 < probability <= 1:
+        return f"mlm_probability must lie in (0, 1], got {probability!r}"
+    if not isinstance(task.choice_columns, (str, list, tuple, type(None))):
+        return f"choice_columns must be a list of names, got {task.choice_columns!r}"
+    for field, least in (("stride", 0), ("max_answer_length", 1)):
+        value = getattr(task, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            return f"{field} must be a whole number of at least {least}, got {value!r}"
+    for field in ("chat", "whole_words"):
+        if not isinstance(getattr(task, field), bool):
+            return f"{field} must be true or false, got {getattr(task, field)!r}"
+    if task.generation is not None and (
+        not isinstance(task.generation, Mapping) or not all(isinstance(key, str) for key in task.generation)
+    ):
+        return f"generation must be a dictionary of arguments of generate, got {task.generation!r}"
+    if task.prompt is None:
+        return None
+    if not task.prompt or not all(isinstance(template, str) and template for template in task.prompt):
+        return f"prompt must be a template or a list of templates, got {task.prompt!r}"
+    for template in task.prompt:
+        try:
+            if not template_fields(template):
+                return f"prompt {template!r} names no column; write one in braces, such as {{text}}"
+        except ValueError as error:
+            return f"prompt {template!r} is no template: {error}"
+    return None
+
+
+def check_columns(task: Any) -> str | None:
+    """Return what is wrong with the columns of a task of some types, once all are settled, or None."""
+    texts = len(task.text_columns)
+    if task.type is TaskType.TOKEN_CLASSIFICATION and texts != 1:
+        return "token_classification takes one text column, not a pair"
+    if task.type is TaskType.QUESTION_ANSWERING and texts != 2:
+        return f"question_answering takes two text columns, question and context, got {task.text_columns!r}"
+    if task.type is not TaskType.MULTIPLE_CHOICE:
+        return None
+    choices = task.choice_columns or ()
+    if not all(isinstance(column, str) and column for column in choices):
+        return f"choice_columns must name one column of lists, or one column per choice, got {choices!r}"
+    for column in choices:
+        if choices.count(column) > 1 or column in (*task.text_columns, task.label_column):
+            return f"column {column!r} cannot be a choice and something else at once"
+    return None

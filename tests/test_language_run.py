@@ -1,0 +1,318 @@
+"""Tasks over the vocabulary train like all others, under every sharing scheme."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import BACKBONES
+from language import decoder_tasks, decoder_tokenizer, encoder_tasks, sayings
+from safetensors import safe_open
+from test_schemes import KINDS, check_close, check_equal, quiet, weights
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_multitask import AutoModelForMultiTask, MultiTaskTrainer, MultiTaskTrainingArguments
+from hf_multitask.balancing.combination import COMBINATIONS
+from hf_multitask.data.collator import DataCollatorForMultiTask
+from hf_multitask.data.sources import make_sources
+from hf_multitask.models.auto import SCHEMES
+from hf_multitask.models.base import MultiTaskModel
+from hf_multitask.models.conversion import select_tasks
+
+CONFIG = dict(
+    vocab_size=90,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=66,
+    pad_token_id=3,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+ENCODER = [pytest.param(("encoder", kind), id=f"encoder, {kind}") for kind in KINDS]
+DECODER = [pytest.param(("decoder", kind), id=f"decoder, {kind}") for kind in KINDS if "cross" not in kind]
+EVERY = pytest.mark.parametrize("which", ENCODER + DECODER)
+SOME = pytest.mark.parametrize(
+    "which",
+    [p for p in ENCODER + DECODER if p.values[0][1] in ("hard", "soft", "adapter, shared", "mixture")],
+)
+
+
+def build(which: tuple[str, str], tied: bool = True) -> MultiTaskModel:
+    family, kind = which
+    scheme, options = KINDS[kind]
+    torch.manual_seed(0)
+    if family == "encoder":
+        backbone, tasks = BACKBONES["bert"](), encoder_tasks()
+    else:
+        backbone, tasks = LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=tied)), decoder_tasks()
+    options = {**options, **quiet(kind)}
+    model = SCHEMES[scheme].from_backbone(backbone, tasks, head_dropout=0.0, **options)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.fixture
+def train(datasets, tokenizer):
+    """A function that trains a model on its tasks' rows, and returns the trainer."""
+
+    def run(model, *, resume=None, start=True, **arguments):
+        rows = {"reviews": datasets["reviews"]}
+        evaluation = {"reviews": datasets["reviews"].select(range(9))}
+        if len(model.tasks) > 2:
+            rows["sayings"], evaluation["sayings"] = sayings(), sayings(5)
+        args = MultiTaskTrainingArguments(
+            **{
+                "output_dir": "out",
+                "max_steps": 4,
+                "per_device_train_batch_size": 8,
+                "learning_rate": 1e-3,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "task_sampling": "uniform",
+                **arguments,
+            }
+        )
+        trainer = MultiTaskTrainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=evaluation,
+            processing_class=tokenizer if len(model.tasks) == 2 else decoder_tokenizer(),
+        )
+        if start:
+            trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+@EVERY
+def test_every_parameter_is_trained_and_belongs_to_somebody(train, tmp_path, which):
+    model = build(which)
+    shared, own = list(model.shared_parameters()), [p for t in model.tasks for p in model.task_parameters(t.name)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len({id(p) for p in [*shared, *own]}) == len(shared) + len(own) == len(trained)
+    before = weights(model)
+    train(model, output_dir=str(tmp_path), weight_decay=0.0, max_steps=6)
+    still = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(before[name], p)]
+    # What sees no row, or where a gradient is 0 by symmetry, may stay.
+    assert not [name for name in still if "position" not in name and "token_type" not in name], still
+
+
+@EVERY
+def test_saved_and_loaded_they_are_the_same(train, tmp_path, which):
+    trainer = train(build(which), output_dir=str(tmp_path), max_steps=2)
+    metrics = trainer.evaluate()
+    trainer.save_model(tmp_path / "model")
+    loaded = AutoModelForMultiTask.from_pretrained(tmp_path / "model")
+    check_equal(weights(trainer.model), weights(loaded))
+    again = train(loaded, output_dir=str(tmp_path), start=False).evaluate()
+    for key, value in metrics.items():
+        assert key.endswith(("runtime", "per_second", "epoch")) or again[key] == value, key
+
+
+@SOME
+def test_layouts_give_one_update(train, tmp_path, which):
+    models = [build(which) for _ in range(2)]
+    for model, (rows, accumulation) in zip(models, ((8, 1), (2, 4)), strict=True):
+        train(
+            model,
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.1,
+            max_steps=3,
+        )
+    check_close(weights(models[0]), weights(models[1]), 1e-4)
+
+
+@SOME
+def test_interrupted_and_resumed_it_ends_where_it_would_have(train, tmp_path, which):
+    whole = build(which)
+    train(whole, output_dir=str(tmp_path / "a"), max_steps=12)  # more than one pass over the rows
+    part = build(which)
+    train(part, output_dir=str(tmp_path / "b"), max_steps=12, save_strategy="steps", save_steps=5)
+    resumed = build(which)
+    train(resumed, output_dir=str(tmp_path / "b"), max_steps=12, resume=str(tmp_path / "b" / "checkpoint-5"))
+    check_equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("which", [("encoder", "hard"), ("decoder", "hard"), ("decoder", "adapter, shared")])
+def test_coefficients_reach_the_table_of_embeddings_in_every_way(train, tmp_path, which, monkeypatch):
+    """Written from buffers, scaled in a plain step, or in a second pass after sketches: one gradient."""
+    monkeypatch.setitem(
+        COMBINATIONS, "mgda", lambda gramian: torch.linspace(0.2, 1.0, len(gramian), dtype=gramian.dtype)
+    )
+    results = []
+    for memory, every in (("buffer", 1), ("buffer", 2), ("sketch", 1)):
+        model = build(which)
+        train(
+            model,
+            output_dir=str(tmp_path),
+            gradient_combination="mgda",
+            gradient_memory=memory,
+            combination_every=every,
+            optim="sgd",
+            learning_rate=0.05,
+            max_steps=4,
+            max_grad_norm=0.0,
+        )
+        results.append(weights(model))
+    for other in results[1:]:
+        check_close(results[0], other, 1e-4)
+
+
+@pytest.mark.parametrize("memory", ["buffer", "sketch"])
+@pytest.mark.parametrize("which", [("encoder", "hard"), ("decoder", "hard"), ("decoder", "adapter, shared")])
+def test_gradients_task_by_task_make_the_plain_step(train, tmp_path, which, memory, monkeypatch):
+    """A combination that decides nothing (one constant for all) must be the plain step, tied table included."""
+    plain, combined = build(which), build(which)
+    arguments = dict(optim="sgd", learning_rate=0.05, max_steps=3, max_grad_norm=0.0)
+    train(plain, output_dir=str(tmp_path), **arguments)
+    monkeypatch.setitem(COMBINATIONS, "mgda", lambda gramian: torch.ones(len(gramian), dtype=gramian.dtype))
+    options = {"gradient_combination": "mgda", "gradient_memory": memory, "combination_every": 2}
+    train(combined, output_dir=str(tmp_path), **arguments, **options)
+    check_close(weights(plain), weights(combined), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "which", [("encoder", "hard"), ("encoder", "soft"), ("decoder", "hard"), ("decoder", "prefix")]
+)
+def test_an_auxiliary_task_changes_no_answer(train, tmp_path, which):
+    trainer = train(build(which), output_dir=str(tmp_path))
+    model = trainer.model.eval()
+    kept = [task.name for task in model.tasks if not task.auxiliary]
+    alone = select_tasks(model, kept)
+    ids = torch.randint(5, 90, (3, 7))
+    check_equal(model(input_ids=ids).logits, alone(input_ids=ids).logits)
+    assert "words" not in model(input_ids=ids).logits and "words" not in trainer.predict(trainer.eval_dataset)
+
+
+def collate(tasks, rows, dataset, packing=False):
+    """A batch of some rows of each source."""
+    numbers = {}
+    for i in range(len(dataset)):
+        name, row = dataset.locate(i)
+        if row in rows:
+            numbers.setdefault(name, []).append(i)
+    batch = [dataset[i] for part in numbers.values() for i in part]
+    return DataCollatorForMultiTask(decoder_tokenizer(), tasks, packing=packing)(batch)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["hard", "soft", "adapter", "conditioned"])
+def test_packed_rows_have_the_losses_and_gradients_of_rows_alone(train, tmp_path, kind, attention):
+    model = build(("decoder", kind))
+    model.set_attn_implementation(attention)
+    dataset = train(model, output_dir=str(tmp_path), start=False).train_dataset
+    model.train()
+    results = []
+    for packing in (False, True):
+        batch = collate(model.tasks, range(7), dataset, packing)
+        assert batch.get("packed", False) == packing
+        if packing:
+            assert batch["segments"]["repeat"].rows < 7 and batch["num_tokens"] == results[0][2]["num_tokens"]
+            assert batch["num_items"] == results[0][2]["num_items"]
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        results.append((output.row_losses, gradients, batch))
+    assert results[0][0].keys() == results[1][0].keys()
+    for task, losses in results[0][0].items():
+        torch.testing.assert_close(losses, results[1][0][task], rtol=1e-5, atol=1e-5)
+    check_close(results[0][1], results[1][1], 1e-4)
+
+
+def test_packing_in_training_is_the_same_training(train, tmp_path):
+    models = [build(("decoder", "hard")) for _ in range(2)]
+    for model, packing in zip(models, (False, True), strict=True):
+        train(model, output_dir=str(tmp_path), packing=packing, optim="sgd", learning_rate=0.1)
+    check_close(weights(models[0]), weights(models[1]), 1e-4)
+    with pytest.raises(ValueError, match="packing=True does not go with PrefixModel"):
+        train(build(("decoder", "prefix")), output_dir=str(tmp_path), packing=True)
+    with pytest.raises(ValueError, match="packing=True is for causal_lm tasks"):
+        train(build(("encoder", "hard")), output_dir=str(tmp_path), packing=True)
+
+
+@pytest.mark.parametrize("kind", ["hard", "prefix", "adapter, shared"])
+def test_generating_tasks_are_evaluated_by_what_they_write(train, tmp_path, kind):
+    model = build(("decoder", kind))
+    trainer = train(
+        model,
+        output_dir=str(tmp_path),
+        predict_with_generate=True,
+        max_steps=60,
+        learning_rate=0.01 if kind == "hard" else 0.03,
+        per_device_train_batch_size=16,
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_mood_label_accuracy"] > 0.8  # the words say it plainly
+    assert 0 < metrics["eval_repeat_rouge_l"] <= 1 and 0 <= metrics["eval_repeat_exact_match"] <= 1
+    assert metrics["eval_words_perplexity"] == pytest.approx(
+        torch.tensor(metrics["eval_words_loss"]).exp().item(), 1e-4
+    )
+    assert "eval_words_exact_match" not in metrics
+    written = trainer.predict({"sayings": sayings(3).remove_columns("target")})["repeat"].predictions
+    own = decoder_tokenizer()
+    prompts = own([f"{row['said']} and" for row in sayings(3)], padding=True, padding_side="left", return_tensors="pt")
+    prompts = {key: prompts[key] for key in ("input_ids", "attention_mask")}
+    direct = model.generate(**prompts, task="repeat", max_new_tokens=64, pad_token_id=3)
+    for one, other in zip(written.tolist(), direct[:, prompts["input_ids"].shape[1] :].tolist(), strict=True):
+        assert [token for token in one if token != 3] == [token for token in other if token != 3]
+
+
+def test_batch_size_does_not_change_what_is_written_or_ranked(train, tmp_path):
+    model = build(("decoder", "hard"))
+    results = []
+    for rows in (1, 3, 16):
+        trainer = train(
+            copy.deepcopy(model),
+            output_dir=str(tmp_path),
+            start=False,
+            predict_with_generate=True,
+            per_device_eval_batch_size=rows,
+        )
+        results.append({k: v for k, v in trainer.evaluate().items() if "repeat" in k or "mood" in k})
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for key, value in results[0].items():
+            assert other[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_untied_tables_are_trained_shared_and_saved(train, tmp_path):
+    model = build(("decoder", "hard"), tied=False)
+    assert any(p is model.lm_head.weight for p in model.shared_parameters())
+    before = model.lm_head.weight.detach().clone()
+    trainer = train(model, output_dir=str(tmp_path))
+    assert not torch.equal(before, model.lm_head.weight)
+    trainer.save_model(tmp_path / "m")
+    check_equal(weights(model), weights(AutoModelForMultiTask.from_pretrained(tmp_path / "m")))
+
+
+def test_a_frozen_scheme_leaves_the_untied_table_to_the_backbone(train, tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / "backbone")
+    model = SCHEMES["adapter"].from_backbone(str(tmp_path / "backbone"), decoder_tasks())
+    before = model.lm_head.weight.detach().clone()
+    trainer = train(model, output_dir=str(tmp_path / "out"))
+    assert torch.equal(before, model.lm_head.weight)
+    trainer.save_model(tmp_path / "m")
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith(("backbone.", "lm_head."))]
+    check_equal(weights(model), weights(AutoModelForMultiTask.from_pretrained(tmp_path / "m")))
+
+
+def test_sources_are_the_tasks_own():
+    names = [source.name for source in make_sources(decoder_tasks())]
+    assert names == ["reviews:tone", "reviews:words", "reviews:mood", "sayings"]
