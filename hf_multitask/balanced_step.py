@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from .balancer import TaskBalancer
 from .balancing.gramian import TaskGradients
+from .balancing.scaled_passes import passing_scales
 from .balancing.sketch import TaskSketches
 from .guard import LossGuard
 from .models.passes import Segment, cut_rows, places_in_pass
@@ -46,6 +47,7 @@ class MultiTaskBalancing(Trainer):
         self._decided: dict[str, float] | None = None
         self._window_losses: dict[str, Tensor] = {}
         self._added: dict[nn.Parameter, Tensor] = {}
+        self._scales: dict[str, float] = {}  # of the passes of this window that all tasks took together
 
     def _check_balancing(self) -> None:
         """Raise where a backend cannot do what the arguments ask for; set what FSDP needs.
@@ -58,6 +60,12 @@ class MultiTaskBalancing(Trainer):
             raise ValueError(
                 f"{type(inner).__name__} does not go with FSDP or DeepSpeed, which want every process to run the same "
                 "modules; use DDP (recipes/accelerate/ddp.yaml), or hard sharing"
+            )
+        language = [task.name for task in self.tasks if task.type.is_language]
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and language:
+            raise ValueError(
+                f"tasks over the vocabulary ({', '.join(language)}) do not go with FSDP or DeepSpeed, which shard the "
+                "table of embeddings that they predict with; use DDP (recipes/accelerate/ddp.yaml)"
             )
         plain = self.balancer.is_static and not self.balancer.combines and not self.args.conflict_logging_steps
         if plain:
@@ -87,7 +95,8 @@ class MultiTaskBalancing(Trainer):
         if not self.tasks or not isinstance(num_items_in_batch, Window):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         window, balancer = num_items_in_batch, self.balancer
-        scales = dict(zip([task.name for task in self.tasks], balancer.coefficients, strict=True))
+        if balancer.combines:
+            self._scales = passing_scales(self.accelerator.unwrap_model(model), balancer.coefficients)
         outputs = model(
             **{
                 **inputs,
@@ -95,7 +104,7 @@ class MultiTaskBalancing(Trainer):
                 "num_tokens": window.tokens,
             },
             loss_weights=balancer.factors(window, self.state.global_step) if self._decided is None else self._decided,
-            gradient_scales=scales if balancer.combines else None,
+            gradient_scales=self._scales if balancer.combines else None,
             penalty_scale=0.0,  # it is added once, at the end of the step
             single_pass=self.accelerator.distributed_type in _SHARDED,
             run_every_head=self.args.world_size > 1,
@@ -147,8 +156,10 @@ class MultiTaskBalancing(Trainer):
     def _tables(self, model: Any) -> list[Any]:
         """Return the embedding table, where its gradient can come as sparse rows and nobody else adds to it."""
         embeddings = model.get_input_embeddings()
-        if model.lm_head is None and any(task.type.is_language for task in self.tasks):
-            return []  # what is predicted with the table adds a gradient of every row
+        if model.backbone.config.is_encoder_decoder or (
+            model.lm_head is None and any(task.type.is_language for task in self.tasks)
+        ):
+            return []  # others look up in the table too, or predict with it, which adds a gradient of every row
         if self.args.world_size > 1 or self.args.torch_compile or type(embeddings) is not nn.Embedding:
             return []
         if embeddings.max_norm is not None or embeddings.scale_grad_by_freq:

@@ -47,7 +47,7 @@ def settle_best_metric(
     scheduled = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     up = greater_is_better(metric)
     if metric == "eval_average":
-        primaries = {t.name: primary_metric(t, t.name in compute_metrics) for t in tasks if not t.auxiliary}
+        primaries = {t.name: primary_metric(t, t.name in compute_metrics) for t in tasks if not (t.auxiliary or t.held_out)}
         directions = {greater_is_better(name) for name in primaries.values()}
         if len(directions) > 1:
             if given is None and not (args.load_best_model_at_end or args.save_strategy == "best" or scheduled):
@@ -90,7 +90,10 @@ def _primary_key(
 
 
 def average_metric(
-    results: Mapping[str, Mapping[str, float]], tasks: Sequence[Task], compute_metrics: Mapping[str, Any]
+    results: Mapping[str, Mapping[str, float]],
+    tasks: Sequence[Task],
+    compute_metrics: Mapping[str, Any],
+    held_out: bool = False,
 ) -> float | None:
     """Return the mean of the primary metrics of the evaluated tasks that are not auxiliary, or None without any.
 
@@ -99,13 +102,14 @@ def average_metric(
         tasks: The model's tasks.
         compute_metrics: The user's metric functions by task. Where such a task names no primary metric, it is the
             first that the function returns.
+        held_out: Take the tasks that are held out, in place of those that are trained.
 
     Raises:
         ValueError: A task's own `compute_metrics` does not return its primary metric.
     """
     values = []
     for task in tasks:
-        if task.auxiliary or task.name not in results:
+        if task.auxiliary or task.held_out != held_out or task.name not in results:
             continue
         found, custom = results[task.name], task.name in compute_metrics
         metric = next(iter(found)) if custom and task.metric is None else primary_metric(task, custom)

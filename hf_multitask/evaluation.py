@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
+from transformers import EvalPrediction
+from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from .best_metric import average_metric
 from .data.dataset import MultiTaskDataset
 from .data.sources import Source, label_key
 from .data.span_answers import predict_answers
-from .generation import GenerationEvaluator
 from .metrics import default_metric_names, metric_function, primary_metric
+from .models.choice_head import ChoiceHead
+from .models.heads import IGNORE_INDEX
+from .models.span_head import SpanHead
 from .models.task import Task, TaskType, closest
+from .target_evaluation import TargetEvaluation, part_of
 from .training_args import MultiTaskTrainingArguments
 
 __all__ = ["MultiTaskEvaluation", "SourceMetrics", "check_compute_metrics"]
@@ -131,7 +134,7 @@ def check_compute_metrics(compute_metrics: Any, tasks: Sequence[Task]) -> dict[s
     return dict(compute_metrics)
 
 
-class MultiTaskEvaluation(Trainer):
+class MultiTaskEvaluation(TargetEvaluation):
     """The part of [`MultiTaskTrainer`] that evaluates and predicts, one source of rows after the other."""
 
     # Some of what `Trainer` declares holds more than it says.
@@ -163,7 +166,8 @@ class MultiTaskEvaluation(Trainer):
             **gen_kwargs: Arguments of `generate`, for tasks that generate (with `predict_with_generate`).
 
         Returns:
-            `<prefix>_<task>_<metric>`, `<prefix>_<task>_loss`, `<prefix>_average` and the usual speeds.
+            `<prefix>_<task>_<metric>`, `<prefix>_<task>_loss`, `<prefix>_average` (`<prefix>_held_out_average` over
+            tasks that are held out) and the usual speeds.
         """
         if not self.tasks:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
@@ -185,9 +189,10 @@ class MultiTaskEvaluation(Trainer):
                 results[source.tasks[0].name] |= own
                 metrics |= {f"{metric_key_prefix}_{source.tasks[0].name}_{key}": value for key, value in own.items()}
             samples += output.num_samples
-        average = None if self.args.prediction_loss_only else average_metric(results, self.tasks, self._metrics)
-        if average is not None:
-            metrics[f"{metric_key_prefix}_average"] = average
+        for held_out, key in ((False, "average"), (True, "held_out_average")):
+            average = average_metric(results, self.tasks, self._metrics, held_out)
+            if average is not None and not self.args.prediction_loss_only:
+                metrics[f"{metric_key_prefix}_{key}"] = average
         steps = -(-samples // (self.args.eval_batch_size * self.args.world_size))
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=samples, num_steps=steps)
         self.log(metrics)
@@ -213,7 +218,7 @@ class MultiTaskEvaluation(Trainer):
         Returns:
             By task, a `PredictionOutput`: logits `[N, C]` (`[N, L, C]` for token-level tasks, padded with -100),
             labels or None, and metrics where there were labels. For `question_answering` logits are those of windows,
-            `[N, L, 2]`; for `multiple_choice` `[N, C]`, padded with -100 and lower. For tasks over the vocabulary
+            `[N, L, 2]`, and for `multiple_choice` `[N, C]`, padded with -100 too. For tasks over the vocabulary
             `[N, K]`, the likeliest tokens; with `predict_with_generate` `[N, K]`, the tokens that were written, padded.
         """
         if not self.tasks:
@@ -229,7 +234,7 @@ class MultiTaskEvaluation(Trainer):
                     own = by_task.get(task.name, {})
                     predictions = output.predictions[task.name][0]
                     if task.type.generates and self.args.predict_with_generate:
-                        predictions = self._write_targets(_part(dataset, source), gen_kwargs)
+                        predictions = self._write_targets(part_of(dataset, source), gen_kwargs)
                     outputs[task.name] = PredictionOutput(
                         predictions=predictions,
                         label_ids=(output.label_ids or {}).get(task.name),
@@ -259,53 +264,6 @@ class MultiTaskEvaluation(Trainer):
             with self._metrics_of(source, prefix, keep_logits, rows.rows[0]) as metrics:
                 output = self.evaluation_loop(loader, description, loss_only, ignore_keys, prefix)
                 yield source, output, metrics.results
-
-    # ---- tasks that generate ----
-
-    def _check_options(self, gen_kwargs: Mapping[str, Any]) -> None:
-        if gen_kwargs and not any(task.type.generates for task in self.tasks):
-            raise TypeError(f"{', '.join(gen_kwargs)}: none of the tasks generates text")
-
-    def _evaluator(self, task: Task) -> GenerationEvaluator:
-        return GenerationEvaluator(
-            self.accelerator.unwrap_model(self.model),
-            task,
-            self.processing_class,
-            self.data_collator,
-            self.args.eval_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-        )
-
-    def _evaluate_targets(self, source: Source, dataset: Any, options: Mapping[str, Any]) -> dict[str, float]:
-        """Return the metrics of a generating task that no single pass over its rows gives."""
-        (task,) = source.tasks
-        rows, found = _part(dataset, source), {}
-        evaluator = self._evaluator(task)
-        if task.labels:
-            found["label_accuracy"] = evaluator.label_accuracy(rows)
-        if self.args.predict_with_generate and evaluator.has_targets(rows):
-            found |= evaluator.text_metrics(rows, evaluator.write(rows, **options))
-        return found
-
-    def _write_targets(self, rows: MultiTaskDataset, options: Mapping[str, Any]) -> np.ndarray:
-        """Return what a generating task writes for the rows of its source, `[N, K]`, padded."""
-        (source,) = rows.sources
-        written = self._evaluator(source.tasks[0]).write(rows, **options)
-        result = np.full((len(written), max(map(len, written), default=0)), self.processing_class.pad_token_id)
-        for i, tokens in enumerate(written):
-            result[i, : len(tokens)] = tokens
-        return result
-
-    def _nothing_but_prompts(self, source: Source, rows: MultiTaskDataset) -> EvalLoopOutput:
-        """Return the outcome of rows that have no target: all there is to do is to write one."""
-        (task,) = source.tasks
-        if not self.args.predict_with_generate:
-            raise ValueError(
-                f"task {task.name!r}: the rows have no targets, so that text must be written for them; set "
-                "predict_with_generate=True"
-            )
-        return EvalLoopOutput(predictions={task.name: (None,)}, label_ids=None, metrics={}, num_samples=len(rows))
 
     @contextmanager
     def _metrics_of(self, source: Source, prefix: str, keep_logits: bool, rows: Any = None) -> Iterator[SourceMetrics]:
@@ -343,13 +301,10 @@ class MultiTaskEvaluation(Trainer):
         heads = self.accelerator.unwrap_model(model).heads
         results: dict[str, tuple] = {}
         for task, logits in outputs["logits"].items():
+            if isinstance(heads[task], (SpanHead, ChoiceHead)):
+                # Padding reads the same, whether it was there before batches were put together or came with that.
+                logits = logits.masked_fill(logits == torch.finfo(logits.dtype).min, IGNORE_INDEX)
             results[task] = () if prediction_loss_only and task in labels else (logits.float(),)
             if task in labels:
                 results[task] += (outputs["row_losses"][task], heads[task].row_items(labels[task]))
         return None, results, labels or None
-
-
-def _part(dataset: MultiTaskDataset, source: Source) -> MultiTaskDataset:
-    """Return the rows of one source."""
-    (rows,) = [part for part in dataset.split() if part.sources[0].name == source.name]
-    return rows

@@ -83,7 +83,8 @@ class GenerationEvaluator:
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
-        self.model, self.task, self.tokenizer, self.collate = model, task, tokenizer, collate
+        self.model, self.task, self.collate = model, task, collate
+        self.tokenizer: Any = tokenizer
         self.rows_per_batch = rows_per_batch
         self._rank = process_index, num_processes
         self._key = label_key(task.name)
@@ -110,7 +111,9 @@ class GenerationEvaluator:
         """Return `[rows]`, the negative log-likelihood of each row's target."""
         batch = self.collate(rows)
         device = self.model.device
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        inputs: dict[str, Any] = {
+            key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()
+        }
         for key in ("labels", "label_positions"):
             inputs[key] = {name: value.to(device) for name, value in inputs[key].items()}
         for counted in ("num_items", "num_tokens"):
@@ -140,8 +143,8 @@ class GenerationEvaluator:
         written: list[list[int]] = []
         for rows in self._batches(dataset, self.rows_per_batch):
             prompts = [self._split(row)[0] for row in rows]
-            inputs = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-            inputs = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+            padded = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+            inputs = {key: padded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
             found = self.model.generate(**inputs, task=self.task.name, **options)
             written += found[:, inputs["input_ids"].shape[1] :].tolist()
         return self._gather(written)

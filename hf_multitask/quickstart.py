@@ -138,7 +138,7 @@ def _convert_gguf(folder: Path, file: str, target: Path) -> None:
 
     if importlib.util.find_spec("gguf") is None:
         raise FetchError(f'{file} is read with gguf: pip install "hf_multitask[generation]"')
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     # The weights are plain ones now; the model remembers that they were not, and refuses to be saved.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False

@@ -13,7 +13,8 @@ training:                                            # MultiTaskTrainingArgument
   max_steps: 200
 ```
 
-A task has the fields of [`Task`]; `labels` may be left out where the training rows name them. `dataset` is one of
+A task has the fields of [`Task`]; `labels` may be left out where the training rows name them (`labels: infer` for a
+closed set of targets of a task that generates). `dataset` is one of
 
 - a Hub id (`SetFit/bbc-news`);
 - local files, `{split}` standing for `train`, `validation` and `test` (`data/topic-{split}.parquet`, also `.jsonl`,
@@ -259,7 +260,8 @@ def build(recipe: Recipe) -> RecipeParts:
 def _make_task(values: dict[str, Any], rows: Any) -> Task:
     from .data.labels import infer_labels
 
-    if "labels" not in values and values["type"] in [kind.value for kind in TaskType if kind.has_labels]:
+    needed = "labels" not in values and values["type"] in [kind.value for kind in TaskType if kind.has_labels]
+    if needed or values.get("labels") == "infer":
         # The name of the label column has a default, which the task knows best.
         column = values.get("label_column") or Task.from_dict({**values, "labels": ["a", "b"]}).label_column
         try:

@@ -61,8 +61,7 @@ def predict_rows(
             if not isinstance(text, str):
                 raise ValueError(f"input {number} is {text!r}; task {task.name!r} reads plain strings, not words")
     is_choice = task.type is TaskType.MULTIPLE_CHOICE
-    # Longer than each, so a name that none of them has.
-    choices = "+".join([*task.text_columns, task.label_column])
+    choices = "/".join(task.choice_columns or ())  # here they come as lists in any case
     own = replace(task, max_length=max_length, choice_columns=(choices,) if is_choice else None)
     columns: dict[str, Any] = dict.fromkeys(own.text_columns, Value("string"))
     columns |= {choices: List(Value("string"))} if is_choice else {}

@@ -128,7 +128,13 @@ def collect_results(
 
 
 def _averages(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    return [(s, k) for s, k in (("validation", "eval_average"), ("test", "test_average")) if k in metrics]
+    keys = {
+        "validation": "eval_average",
+        "test": "test_average",
+        "validation, held out": "eval_held_out_average",
+        "test, held out": "test_held_out_average",
+    }
+    return [(split, key) for split, key in keys.items() if key in metrics]
 
 
 def format_table(results: dict[str, Any]) -> str:

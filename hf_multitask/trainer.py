@@ -18,14 +18,15 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArgum
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
+from .balancing.scaled_passes import undo_scales
 from .best_metric import settle_best_metric
 from .checkpointing import MultiTaskCheckpoints
 from .data.collator import DataCollatorForMultiTask
 from .data.dataset import MultiTaskDataset, as_mapping, prepare_sources
-from .data.preprocessing import check_packing, check_tokenizer, longest_input
+from .data.preprocessing import check_held_out, check_packing, check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
 from .data.schedule import ShareChanges
-from .data.sources import make_sources
+from .data.sources import make_sources, trained_sources, without_held_out
 from .data.streaming import StreamingMixture, is_stream
 from .evaluation import MultiTaskEvaluation, check_compute_metrics
 from .generation import check_generation
@@ -116,6 +117,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
             check_generation(self.tasks, args.predict_with_generate)
             check_packing(probe, args.packing)
+            check_held_out(probe)
             settle_best_metric(args, self.tasks, self._metrics, eval_dataset)
             with args.main_process_first(desc="preparing datasets"):
                 if train_dataset is not None:
@@ -210,12 +212,14 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         """Check and tokenize the training data; streams are looked at and left to be read as training goes on."""
         if isinstance(datasets, StreamingMixture):
             return datasets
-        if not isinstance(datasets, MultiTaskDataset):
-            by_name = as_mapping(datasets, self._sources, "train_dataset", complete=True)
-            if is_stream(by_name):
-                options = {key: self._preparing[key] for key in ("tokenizer", "max_length")}
-                return make_streams(args, by_name, self._sources, "train_dataset", split="train", **options)
-        return self.prepare_datasets(datasets, "train_dataset", "train")
+        if isinstance(datasets, MultiTaskDataset):
+            return datasets
+        sources = trained_sources(self._sources)
+        by_name = as_mapping(without_held_out(datasets, self._sources), sources, "train_dataset", complete=True)
+        if is_stream(by_name):
+            options = {key: self._preparing[key] for key in ("tokenizer", "max_length")}
+            return make_streams(args, by_name, sources, "train_dataset", split="train", **options)
+        return prepare_sources(by_name, sources, "train_dataset", split="train", **self._preparing)
 
     def prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
         """Check and tokenize datasets, by name; `evaluate` and `predict` take the result as well.
@@ -279,6 +283,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             loss = self._combine(model, num_items_in_batch)
         unwrapped: Any = self.accelerator.unwrap_model(model)
         unwrapped.finish_window()
+        undo_scales(unwrapped, self._scales)
+        self._scales = {}
         if bad is None:
             # Of parameters, which are the same on every process: each adds all of it.
             scaler = self.accelerator.scaler
@@ -291,9 +297,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         """Take the gradients away from what a step does not train: zeros would let momentum and decay move it."""
         idle = self.balancer.end_step(window, self.state.global_step)
         if len(idle) < len(self.tasks):
-            for name in idle:
-                for parameter in model.idle_parameters(name):
-                    parameter.grad = None
+            for parameter in model.untrained_parameters(idle):
+                parameter.grad = None
         elif self.accelerator.scaler is None:  # a loss scaler wants gradients
             model.zero_grad()  # all that came weighs nothing: nothing moves
 

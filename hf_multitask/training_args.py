@@ -75,7 +75,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
       [`hf_multitask.balancing.gating.GATINGS`]. `cosine` lets it count in full while it does not conflict with the
       primary task's (without `primary_task`, with the weighted sum of all tasks that are not auxiliary) and not at all
       while it does; `weighted_cosine` as far as they agree. None, the default, does not look. It comes before the
-      gradient combination, at the same steps and price, and each optimizer step must hold rows of both kinds.
+      gradient combination, at the same steps and price. In a step that lacks rows of either, everything counts.
     - `combination_every`: optimizer steps between two decisions; in between coefficients and gates are used again, at
       the price of a plain step.
     - `gradient_memory`: `buffer` keeps the gradients of all tasks, T + 1 times the shared parameters in float32;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_interrupted_and_resumed_it_ends_where_it_would_have(train, tmp_path, wh
 def test_coefficients_reach_the_table_of_embeddings_in_every_way(train, tmp_path, which, monkeypatch):
     """Written from buffers, scaled in a plain step, or in a second pass after sketches: one gradient."""
     monkeypatch.setitem(
-        COMBINATIONS, "mgda", lambda gramian: torch.linspace(0.2, 1.0, len(gramian), dtype=gramian.dtype)
+        COMBINATIONS, "mgda", lambda gramian: torch.linspace(1.0, 0.2, len(gramian), dtype=gramian.dtype)
     )
     results = []
     for memory, every in (("buffer", 1), ("buffer", 2), ("sketch", 1)):
@@ -316,3 +317,44 @@ def test_a_frozen_scheme_leaves_the_untied_table_to_the_backbone(train, tmp_path
 def test_sources_are_the_tasks_own():
     names = [source.name for source in make_sources(decoder_tasks())]
     assert names == ["reviews:tone", "reviews:words", "reviews:mood", "sayings"]
+
+
+def held_out_tasks():
+    tasks = decoder_tasks()
+    return [*tasks[:3], replace(tasks[3], held_out=True)]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_held_out_tasks_are_evaluated_and_never_trained(datasets, tmp_path, given):
+    torch.manual_seed(0)
+    backbone = LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=True))
+    model = SCHEMES["hard"].from_backbone(backbone, held_out_tasks())
+    rows = {"reviews": datasets["reviews"], **({"sayings": sayings()} if given else {})}
+    trainer = MultiTaskTrainer(
+        model=model,
+        args=MultiTaskTrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=8, report_to="none", use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=rows,
+        eval_dataset={"reviews": datasets["reviews"].select(range(6)), "sayings": sayings(5)},
+        processing_class=decoder_tokenizer(),
+    )
+    trainer.train()
+    assert trainer.progress.rows_seen.keys() == {"tone", "words", "mood"}
+    metrics = trainer.evaluate()
+    assert metrics["eval_held_out_average"] == metrics["eval_repeat_accuracy"]
+    assert metrics["eval_average"] == pytest.approx(
+        (metrics["eval_tone_accuracy"] + metrics["eval_mood_label_accuracy"]) / 2
+    )
+
+
+@pytest.mark.parametrize("kind", ["prefix", "soft"])
+def test_tasks_cannot_be_held_out_where_each_has_parameters_of_its_own(datasets, tmp_path, kind):
+    model = SCHEMES[kind].from_backbone(LlamaForCausalLM(LlamaConfig(**CONFIG)), held_out_tasks())
+    with pytest.raises(ValueError, match=r"held_out tasks \(repeat\) do not go with"):
+        MultiTaskTrainer(
+            model=model,
+            args=MultiTaskTrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+            train_dataset={"reviews": datasets["reviews"]},
+            processing_class=decoder_tokenizer(),
+        )

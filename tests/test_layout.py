@@ -33,6 +33,7 @@ FLOORS = {
     "checkpointing": 2,
     "evaluation": 2,
     "generation": 2,
+    "target_evaluation": 2,
     "gap_sampling": 2,
     "guarded_step": 2,
     "loading": 2,

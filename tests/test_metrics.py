@@ -344,3 +344,27 @@ def test_one_label_alone_is_scored_as_itself_not_against_its_absence():
     assert nothing["micro_f1"] == nothing["macro_f1"] == 0.0 and nothing["accuracy"] == 0.5
     half = compute_default_metrics(task, np.array([[1.0], [1.0], [-1.0], [-1.0]]), labels)
     assert half["micro_f1"] == half["macro_f1"] == 0.5
+
+
+# ---- answers and choices ----
+
+ANSWERS, CHOICE = Task("who", "question_answering"), Task("next", "multiple_choice")
+
+
+def test_choices_are_the_best_scores_and_padding_is_none():
+    # -100 stands where other rows have more choices; the scores themselves may be lower.
+    scores = np.array([[1.0, 2.0, -100.0], [-300.0, -200.0, -100.0], [0.0, -1.0, 5.0], [3.0, 1.0, 2.0]], np.float32)
+    assert decode(CHOICE, scores).tolist() == [1, 1, 2, 0]
+    assert compute_default_metrics(CHOICE, scores, np.array([1, 1, 2, 1])) == {"accuracy": 0.75}
+
+
+def test_answers_are_compared_as_texts():
+    found = compute_default_metrics(ANSWERS, ["the Paris", "", "in london"], [["Paris"], ["rome"], ["London", "x"]])
+    assert found == {"f1": pytest.approx((1 + 0 + 2 / 3) / 3), "exact_match": pytest.approx(1 / 3)}
+
+
+def test_names_of_their_metrics():
+    assert default_metric_names(ANSWERS) == ("f1", "exact_match") and primary_metric(ANSWERS) == "f1"
+    assert primary_metric(Task("who", "question_answering", metric="exact_match")) == "exact_match"
+    assert default_metric_names(CHOICE) == ("accuracy",) == (primary_metric(CHOICE),)
+    assert greater_is_better("f1") and greater_is_better("exact_match")

@@ -165,3 +165,137 @@ def test_each_task_reads_its_own_columns_and_the_length_it_was_trained_on(bert, 
     assert set(next(predictor([{"body": body}]))) == {"y"}
     with pytest.raises(ValueError, match="'z' reads a pair of texts, got 1"):
         list(predictor([title], ["z"]))
+
+
+# ---- questions and choices ----
+
+
+def by_hand(tokenizer, **options) -> Predictor:
+    """A model that answers with `maria`, or `maria john`, and prefers choices that say `good` and little else."""
+    tasks = [
+        Task("who", "question_answering", head="linear", stride=4, max_length=16, **options),
+        Task("next", "multiple_choice", head="linear", text_columns=("sent1", "sent2"), choice_columns=("a", "b")),
+        Task("best", "multiple_choice", head="linear", pooling="mean"),
+    ]
+    torch.manual_seed(0)
+    model = HardSharingModel.from_backbone(BACKBONES["bert"](), tasks)
+    numbers = {"maria": 0, "john": 1, "good": 2, "[CLS]": 3}
+
+    def mark(input_ids=None, **kwargs):
+        hidden = torch.zeros(*input_ids.shape, 32)
+        for row, ids in enumerate(input_ids.tolist()):
+            for place, word in enumerate(tokenizer.convert_ids_to_tokens(ids)):
+                if word in numbers:
+                    hidden[row, place, numbers[word]] = 10.0
+        return type("Encoded", (dict,), {"last_hidden_state": hidden})()
+
+    model.encode = mark
+    with torch.no_grad():
+        for head in model.heads.values():
+            head.layers[1].weight.zero_()
+            head.layers[1].bias.zero_()
+        # An answer begins with maria and ends with john or maria; CLS wins where there is neither.
+        model.heads["who"].layers[1].weight[0, 0] = model.heads["who"].layers[1].weight[1, 1] = 1.0
+        model.heads["who"].layers[1].weight[1, 0] = 0.5
+        model.heads["who"].layers[1].weight[:, 3] = 0.3
+        for name in ("next", "best"):
+            model.heads[name].layers[1].weight[0, 2] = 4.0
+    return Predictor(model, tokenizer)
+
+
+CONTEXTS = {
+    "short": ("we saw maria , it was good", "maria"),
+    "two words": ("we saw maria john , it was good", "maria john"),
+    "late": (
+        "we saw a film and it was very very good . we saw paris and then london and maria john again",
+        "maria john",
+    ),
+    "nobody": ("we saw a film and it was very very good . we saw paris and then london again", ""),
+}
+
+
+@pytest.mark.parametrize("case", CONTEXTS)
+def test_answers_lie_in_the_context_however_long_it_is(tokenizer, case):
+    context, expected = CONTEXTS[case]
+    predictor = by_hand(tokenizer)
+    (answer,) = predictor([("we saw", context)], ["who"])
+    found = answer["who"]
+    assert list(found) == ["answer", "start", "end", "score"] and 0.7 < found["score"] <= 1
+    assert found["answer"] == expected == context[found["start"] : found["end"]]
+    assert list(predictor([{"question": "we saw", "context": context}])) == [answer]
+
+
+def test_answers_do_not_depend_on_batches(tokenizer):
+    predictor = by_hand(tokenizer)
+    inputs = [("we saw", context) for context, _ in CONTEXTS.values()]
+    expected = [{"who": answer} for _, answer in CONTEXTS.values()]
+    for size in (1, 2, 32):
+        found = list(predictor(inputs, batch_size=size))
+        assert [{"who": answer["who"]["answer"]} for answer in found] == expected
+
+
+def test_an_answer_has_no_more_tokens_than_the_task_allows(tokenizer):
+    context, _ = CONTEXTS["two words"]
+    (answer,) = by_hand(tokenizer, max_answer_length=1)([("we saw", context)])
+    assert answer["who"]["answer"] == "maria"
+
+
+def test_choices_are_chosen_from_lists_and_columns(tokenizer):
+    predictor = by_hand(tokenizer)
+    choices = ["a film", "good", "a very very good film", "good film"]
+    (answer,) = predictor([("we saw", choices)])
+    assert list(answer) == ["best"] and answer["best"] == {
+        "label": 1,
+        "choice": "good",
+        "score": answer["best"]["score"],
+    }
+    assert list(predictor([{"question": "we saw", "choices": choices}])) == [answer]
+    row = {"sent1": "we saw a film .", "sent2": "it was", "a": "bad", "b": "good", "label": 0}
+    (answer,) = predictor([row])
+    assert list(answer) == ["next"] and (answer["next"]["label"], answer["next"]["choice"]) == (1, "good")
+    assert list(predictor([("we saw a film .", "it was", ["bad", "good"])])) == [answer]
+
+
+def test_rows_with_fewer_choices_share_a_batch(tokenizer):
+    predictor = by_hand(tokenizer)
+    inputs = [("we saw", texts) for texts in (["bad", "good"], ["good", "bad", "sad", "a"], ["sad", "bad", "good"])]
+    whole, single = list(predictor(inputs)), list(predictor(inputs, batch_size=1))
+    assert [answer["best"]["label"] for answer in whole] == [1, 0, 2]
+    assert whole == single
+    probabilities = torch.tensor([10.0 * 4 / 5, 0.0]).softmax(-1)  # of five tokens one is `good`
+    assert whole[0]["best"]["score"] == pytest.approx(float(probabilities[0]), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("we saw", ["good"]), "row 1 of column 'choices' holds \\['good'\\]; there must be at least two choices"),
+        (("we saw", ["good", " "]), "choice 1 in row 1 of column 'choices' is ' '"),
+        (("we saw", []), "input 1 is \\[\\]; a text must be"),
+        (("we saw", ["good", 3]), "input 1 is \\['good', 3\\]; a text must be"),
+        ((["we"], ["saw"]), "input 1 is \\['we'\\]; task 'who' reads plain strings, not words"),
+        ("we saw", "input 1: task 'who' reads a pair of texts, got 1"),
+        (("a", "b", "c"), "input 1: task 'who' reads a pair of texts, got 3"),
+        (
+            {"question": "we saw"},
+            "input 1 has the keys \\['question'\\]; the tasks read a, b, choices, context, question",
+        ),
+        (("we saw " * 9, "maria"), "the question in row 1 of column 'question' has 18 tokens; max_length=16 leaves 0"),
+    ],
+)
+def test_what_is_no_question_is_named(tokenizer, given, message):
+    with pytest.raises(ValueError, match=message):
+        list(by_hand(tokenizer)([("we saw", "maria"), given]))
+
+
+def test_a_pair_and_a_choice_are_told_apart(tokenizer, bert):
+    tasks = [
+        Task("same", "regression", text_columns=("one", "two")),
+        Task("best", "multiple_choice"),
+        Task("who", "question_answering", stride=4),
+    ]
+    predictor = Predictor(HardSharingModel.from_backbone(bert, tasks), tokenizer)
+    assert list(next(predictor([("the film", "a film")]))) == ["same", "who"]
+    assert list(next(predictor([("the film", ["a", "b"])]))) == ["best"]
+    with pytest.raises(ValueError, match="task 'best' reads one text and a list of choices, got 2"):
+        list(predictor([("the film", "a film")], ["best"]))

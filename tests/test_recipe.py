@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import BACKBONES, make_datasets, make_tokenizer
+from questions import question_datasets
 
 from hf_multitask import AutoModelForMultiTask
 from hf_multitask.recipe import build, load_recipe, load_splits
@@ -148,3 +149,23 @@ def test_other_files_than_parquet_work(folder):
     rows.to_csv(folder / "a-train.csv")
     for ending in ("jsonl", "csv"):
         assert len(load_splits(str(folder / f"a-{{split}}.{ending}"))["train"]) == 40
+
+
+def test_questions_and_choices_from_files(folder):
+    for split, seed in (("train", 0), ("validation", 1)):
+        for name, rows in question_datasets(seed).items():
+            rows.to_json(folder / f"{name}-{split}.jsonl")
+    tasks = [
+        {"name": "who", "type": "question_answering", "dataset": str(folder / "who-{split}.jsonl"), "stride": 8},
+        {"name": "next", "type": "multiple_choice", "dataset": str(folder / "next-{split}.jsonl"), "head": "native"},
+    ]
+    recipe = {**yaml.safe_load((folder / "job.yaml").read_text()), "tasks": tasks}
+    (folder / "questions.yaml").write_text(yaml.safe_dump(recipe))
+    run_recipe(folder / "questions.yaml")
+    results = json.loads((folder / "out" / "results.json").read_text())["tasks"]
+    assert (
+        set(results["who"]["validation"]) == {"f1", "exact_match", "loss"} and results["who"]["primary_metric"] == "f1"
+    )
+    assert set(results["next"]["validation"]) == {"accuracy", "loss"}
+    model = AutoModelForMultiTask.from_pretrained(folder / "out")
+    assert model.tasks[0].stride == 8 and model.tasks[1].choice_columns == ("choices",)

@@ -162,7 +162,8 @@ class Planner:
         self.tasks: list[Task] = parts.model.tasks
         self.args: MultiTaskTrainingArguments = parts.args
         self._values = {values["name"]: values for values in recipe.tasks}
-        backbone = load_backbone(parts.tokenizer.name_or_path, **(recipe.model.get("backbone_kwargs") or {}))
+        options = {"encoder_decoder": True, **(recipe.model.get("backbone_kwargs") or {})}
+        backbone = load_backbone(parts.tokenizer.name_or_path, **options)
         self._common = {
             "backbone": weights_hash(backbone),
             "architecture": json.loads(json.dumps(backbone.config.to_diff_dict(), default=str)),

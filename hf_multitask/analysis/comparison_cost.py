@@ -75,8 +75,8 @@ def _pair(values: Sequence[Any]) -> dict[str, Any]:
 def _batches(model: MultiTaskModel, parts: RecipeParts) -> Iterator[Mapping[str, Any]]:
     """Yield padded batches of validation rows, of one source after the other."""
     tokenizer = parts.tokenizer
-    present = {name: rows for name, rows in parts.datasets["validation"].items()}
-    tasks = [task for task in model.tasks if task.dataset in present and not task.auxiliary]
+    tasks = [task for task in model.tasks if not task.auxiliary]
+    present = {task.dataset: parts.datasets["validation"][task.dataset] for task in tasks}
     rows = prepare_sources(
         {name: part.select(range(min(len(part), _ROWS))) for name, part in present.items()},
         make_sources(tasks),

@@ -7,7 +7,6 @@ through: one that was interrupted leaves nothing that could be taken for a resul
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -103,9 +102,10 @@ def finish_run(
     if say is not None:
         values = ", ".join(f"{task} {found.metrics[task][metric]:.4f}" for task, metric in found.primary.items())
         say(f"finished {run.name} in {found.train_seconds:.0f} s: {values}")
+    on_accelerator = trainer.args.device.type != "cpu"
     del trainer
-    gc.collect()
-    clear_device_cache()
+    if on_accelerator:  # the next model is moved there before its trainer tidies up
+        clear_device_cache(garbage_collection=True)
     return found
 
 
@@ -189,12 +189,13 @@ def read_run(folder: Path, run: Run) -> FinishedRun | None:
     def fail(what: str) -> ValueError:
         return ValueError(f"run folder {str(folder)!r}: {what}; delete the folder, and the run is made again")
 
+    for name in (_RUN, _PREDICTIONS):
+        if not (folder / name).is_file():
+            raise fail(f"{name} is missing")
     try:
         content = json.loads((folder / _RUN).read_text(encoding="utf-8"))
         stored = load_file(folder / _PREDICTIONS)
         found = FinishedRun(folder, *(content[name] for name in list(FinishedRun.__dataclass_fields__)[1:]))
-    except FileNotFoundError as error:
-        raise fail(f"{Path(str(error.filename)).name} is missing") from None
     except KeyError as error:
         raise fail(f"{_RUN} lacks {error}") from None
     except Exception as error:  # of the reader of safetensors, which has a kind of its own

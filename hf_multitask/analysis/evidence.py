@@ -179,7 +179,8 @@ class Evidence:
         """Return the evidence of a comparison with single-task baselines.
 
         Args:
-            comparison: By task `{"verdict": ..., "difference": ..., "interval": [low, high]}`.
+            comparison: By task `{"verdict": ..., "difference": ..., "interval": [low, high]}`, or the dictionary of a
+                whole [`Comparison`].
             **known: More of it; `tasks` are those of the comparison, unless they are given here.
 
         Raises:
@@ -190,7 +191,8 @@ class Evidence:
             >>> Evidence.from_comparison(found).comparison["tone"].low
             0.01
         """
-        verdicts = {task: _verdict(task, row) for task, row in comparison.items()}
+        rows = comparison["tasks"] if "deploy" in comparison else comparison  # all of it, or its tasks
+        verdicts = {task: _verdict(task, row) for task, row in rows.items()}
         return cls(**{"tasks": tuple(verdicts), **known, "comparison": verdicts})
 
 

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoModel
 
 from ..data.preprocessing import longest_input
 from ..data.sources import make_sources
 from ..data.streaming import is_stream
 from ..models.auto import SCHEMES
+from ..models.backbone import backbone_options
 from ..models.task import Task
 from ..recipe import RecipeParts, build, load_recipe
 from ..trainer import MultiTaskTrainer
@@ -199,8 +202,11 @@ def _describe(task: Task, facts: Sequence[SplitFacts]) -> dict[str, Any]:
 def _setting(parts: RecipeParts) -> dict[str, Any]:
     """Return what is chosen so far, under the names that [`Evidence`] has."""
     sharing = next((name for name, scheme in SCHEMES.items() if type(parts.model) is scheme), None)
+    config = parts.model.config.backbone_config
+    with torch.device("meta"):  # some schemes hold several encoders, some change theirs
+        backbone = AutoModel.from_config(config, **backbone_options(type(config)))
     return {
-        "backbone_parameters": sum(parameter.numel() for parameter in parts.model.backbone.parameters()),
+        "backbone_parameters": backbone.num_parameters(),
         "primary": parts.args.primary_task,
         "sharing": sharing,
         "sampling": parts.args.task_sampling,

@@ -154,7 +154,8 @@ def activation_bytes(
         for count in (_FEW_ROWS, _MORE_ROWS):
             batch = move_to(model.device, collate([part[int(i)] for i in [*chosen[: count - 1], chosen[-1]]]))
             with context():
-                measured.append((batch["input_ids"].numel(), saved_bytes(model, batch)))
+                # The scheme's penalty is computed by itself, when activations are gone.
+                measured.append((batch["input_ids"].numel(), saved_bytes(model, {**batch, "penalty_scale": 0.0})))
         (few, small), (more, large) = measured
         per_token[source] = (large - small) / (more - few) if more > few else large / more
         fixed = max(fixed, small - per_token[source] * few, 0.0)

@@ -23,7 +23,7 @@ from .all_rows import make_row_encoder
 from .row_encoding import RowEncoder
 from .sources import Source, label_key
 
-__all__ = ["check_packing", "check_something_left", "check_tokenizer", "longest_input", "prepare"]
+__all__ = ["check_held_out", "check_packing", "check_something_left", "check_tokenizer", "longest_input", "prepare"]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> None:
@@ -61,6 +61,20 @@ def check_packing(model: Any, packing: bool) -> None:
         raise ValueError(
             f"packing=True does not go with {type(model).__name__}, which cannot keep the rows of a sequence apart; "
             "use hard sharing, soft sharing or adapters, or leave packing out"
+        )
+
+
+def check_held_out(model: Any) -> None:
+    """Check that tasks that are held out have nothing of their own, which would stay untrained.
+
+    Raises:
+        ValueError: The sharing scheme gives each task parameters that it computes with from the beginning.
+    """
+    held_out = [task.name for task in model.tasks if task.held_out]
+    if held_out and not model.untrained_tasks_are_plain:
+        raise ValueError(
+            f"held_out tasks ({', '.join(held_out)}) do not go with {type(model).__name__}, where each task computes "
+            "with parameters of its own, which nothing would train; use hard sharing, or adapters with a shared one"
         )
 
 

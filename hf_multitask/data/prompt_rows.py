@@ -5,8 +5,9 @@ is prepared of it is `input_ids`, prompt and target in one, and in the task's la
 come before the first one that is predicted. So the loss is on the target only.
 
 Prompt and target are tokenized apart, exactly as at generation, where the target is not there. The end of the target is
-the tokenizer's end-of-sequence token (what ends a turn, in a chat). Where a row is too long, its prompt loses tokens on
-its left; only a target that is too long by itself is cut. A target that was cut teaches the model never to end: such
+the tokenizer's end-of-sequence token (what ends a turn, in a chat). Where a row is too long, the longest of its text
+columns loses its end, so that a template's own words stay; if that is not enough (or in chats that come as messages)
+the prompt loses tokens on its left; only a target that is too long by itself is cut. A target that was cut teaches the model never to end: such
 rows are counted, and more than one in a hundred are refused.
 """
 
@@ -30,6 +31,7 @@ ANSWER = "answer"
 """Column of prepared rows with the number of the target among the task's labels, where they are a closed set."""
 
 _MOST_CUT = 0.01
+_ATTEMPTS = 4  # a text that was cut may come out as another number of tokens
 
 
 class PromptRows(RowEncoder):
@@ -53,7 +55,7 @@ class PromptRows(RowEncoder):
                 raise ValueError(f"task {self.task.name!r}: {what} {column!r}; columns are {', '.join(columns)}")
         super().__init__(columns, source, None if self.task.label_column is None else labels, max_length)
         self.tokenizer, self.seed = tokenizer, seed
-        self.messages = isinstance(columns[self.task.text_columns[0]], List)
+        self.messages = _is_chat(columns[self.task.text_columns[0]])
         self.names: list[str] | None = None
         self.with_target = self.messages and labels is not False
         if self.task.label_column is not None:
@@ -62,11 +64,6 @@ class PromptRows(RowEncoder):
             self.names = feature.names if isinstance(feature, ClassLabel) else None
         elif not self.messages:
             self.with_target = labels is not False
-        if self.messages and not _is_chat(columns[self.task.text_columns[0]]):
-            raise ValueError(
-                f"task {self.task.name!r}: column {self.task.text_columns[0]!r} must hold strings, or chat messages "
-                f"(dictionaries with role and content); it has the type {columns[self.task.text_columns[0]]}"
-            )
         if (self.messages or self.task.chat) and not tokenizer.chat_template:
             raise ValueError(
                 f"task {self.task.name!r}: tokenizer {type(tokenizer).__name__} has no chat template, which its chat "
@@ -111,7 +108,7 @@ class PromptRows(RowEncoder):
                 if len(ids) < 2:
                     raise ValueError(f"row {row} of column {self.task.text_columns[0]!r} has no token to predict")
             else:
-                ids, start = self._join(prompt, target, row)
+                ids, start = self._join(self._shorten(prompt, target, values, row), target, row)
             result["input_ids"].append(ids)
             if self.with_target:
                 result[label_key(self.task.name)].append(start)
@@ -130,9 +127,9 @@ class PromptRows(RowEncoder):
             if values[column] is None:
                 raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
         if task.prompt is None:
-            prompt = "\n".join(str(values[column]) for column in task.text_columns)
+            prompt = "\n".join(_plain_text(values[column]) for column in task.text_columns)
         else:
-            prompt = self._template(row).format(**{column: values[column] for column in task.text_columns})
+            prompt = self._template(row).format(**{column: _plain_text(values[column]) for column in task.text_columns})
         if task.label_column is None:
             return prompt, None
         target = self._verbalize(values[task.label_column], row) if self.with_target else None
@@ -168,7 +165,7 @@ class PromptRows(RowEncoder):
         names = self.names or (list(labels) if labels else None)
         if isinstance(value, int) and not isinstance(value, bool) and names is not None and 0 <= value < len(names):
             value = names[value]
-        text = "" if value is None else str(value)
+        text = "" if value is None else _plain_text(value)
         if not text.strip():
             raise ValueError(
                 f"task {self.task.name!r}: target {value!r} in row {row} of column {column!r} is empty; there is "
@@ -187,6 +184,25 @@ class PromptRows(RowEncoder):
         ids = self.tokenizer(text, return_attention_mask=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
         return ids + [eos] if eos is not None and (not ids or ids[-1] != eos) else ids
+
+    def _shorten(self, prompt: Any, target: str | None, values: Mapping[str, Any], row: int) -> Any:
+        """Return a prompt that leaves room for its target, if it takes no more than the end of its longest column.
+
+        The template's own words stay: they ask the question.
+        """
+        after = [] if target is None else target_ids(self.task.name, self.tokenizer, prompt, target)
+        for _ in range(_ATTEMPTS):
+            excess = len(prompt_ids(self.tokenizer, prompt)) + len(after) - self.max_length
+            if excess <= 0 or self.messages:
+                break
+            column = max(self.task.text_columns, key=lambda name: len(_plain_text(values[name])))
+            tokens = self.tokenizer(_plain_text(values[column]), add_special_tokens=False)["input_ids"]
+            if len(tokens) <= excess:
+                break
+            shorter = self.tokenizer.decode(tokens[: len(tokens) - excess], skip_special_tokens=True)
+            values = {**values, column: shorter}
+            prompt, _ = self._texts(values, row)
+        return prompt
 
     def _join(self, prompt: Any, target: str | None, row: int) -> tuple[list[int], int]:
         """Return the tokens of prompt and target, and how many the prompt has."""
@@ -218,12 +234,19 @@ class PromptRows(RowEncoder):
             )
 
 
+def _plain_text(value: Any) -> str:
+    """Return a cell as text; a list of words is joined by spaces, a fraction has four significant digits."""
+    if isinstance(value, list):
+        return " ".join(map(_plain_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _is_chat(feature: Any) -> bool:
     inner = feature.feature if isinstance(feature, List) else None
     return isinstance(inner, (dict, Features)) and {"role", "content"} <= set(inner)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     """Return the tokens of a prompt, a text or messages, as generation begins with them."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt, return_attention_mask=False)["input_ids"]
@@ -232,7 +255,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
 
 
-def target_ids(task: str, tokenizer: PreTrainedTokenizerBase, prompt: Any, target: str) -> list[int]:
+def target_ids(task: str, tokenizer: Any, prompt: Any, target: str) -> list[int]:
     """Return the tokens of a target behind a prompt, with what ends it.
 
     Raises:

@@ -268,10 +268,12 @@ def word_numbers(word_ids: Sequence[int | None]) -> list[int]:
         >>> word_numbers([None, 0, 1, 1, None, 0, None])
         [-100, 0, 1, 1, -100, 2, -100]
     """
-    numbers, offset, last = [], 0, -1
+    numbers: list[int] = []
+    offset, last = 0, -1
     for word in word_ids:
         if word is None:
-            offset, numbers = last + 1, [*numbers, IGNORE_INDEX]
+            offset = last + 1
+            numbers.append(IGNORE_INDEX)
         else:
             last = offset + word
             numbers.append(last)

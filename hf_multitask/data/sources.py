@@ -5,12 +5,13 @@ Tasks over the vocabulary have rows of their own, which are changed, or hold the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..models.task import Task
 
-__all__ = ["Source", "label_key", "make_sources"]
+__all__ = ["Source", "label_key", "make_sources", "trained_sources", "without_held_out"]
 
 
 def label_key(task: str) -> str:
@@ -55,3 +56,17 @@ def make_sources(tasks: Sequence[Task], shares_rows: bool = True) -> list[Source
         Source(key[0] if uses.count(key[0]) == 1 else f"{key[0]}:{group[0].name}", key[0], tuple(group))
         for key, group in groups.items()
     ]
+
+
+def trained_sources(sources: Sequence[Source]) -> list[Source]:
+    """Return the sources whose tasks are not held out."""
+    return [source for source in sources if not source.tasks[0].held_out]
+
+
+def without_held_out(datasets: Any, sources: Sequence[Source]) -> Any:
+    """Return datasets by name without those that only tasks that are held out would read."""
+    if not isinstance(datasets, Mapping):
+        return datasets
+    trained = {source.dataset for source in trained_sources(sources)}
+    left_out = {source.dataset for source in sources} - trained
+    return {name: rows for name, rows in datasets.items() if name not in left_out} if left_out else datasets

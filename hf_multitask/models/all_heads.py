@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from .choice_head import ChoiceHead
 from .heads import MultiLabelHead, RegressionHead, SingleLabelHead, TaskHead, TokenHead
 from .language_head import CausalLanguageHead, MaskedLanguageHead
+from .seq2seq_head import Seq2SeqHead
 from .span_head import SpanHead
 from .task import Task
 from .task_type import TaskType
@@ -22,6 +23,7 @@ HEADS: dict[TaskType, type[TaskHead]] = {
     TaskType.MULTIPLE_CHOICE: ChoiceHead,
     TaskType.MASKED_LM: MaskedLanguageHead,
     TaskType.CAUSAL_LM: CausalLanguageHead,
+    TaskType.SEQ2SEQ_LM: Seq2SeqHead,
 }
 
 

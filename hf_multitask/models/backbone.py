@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
+from .encoder_decoder import as_backbone
+
 __all__ = [
     "CONFIG_OPTIONS",
     "adopt_backbone",
@@ -43,15 +45,16 @@ CONFIG_OPTIONS = (*HUB_OPTIONS, "gguf_file")
 _ALIGNMENT = 64  # bytes; what torch gives to the tensors it allocates
 
 
-def load_backbone(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+def load_backbone(source: str | PreTrainedModel, *, encoder_decoder: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load a backbone, or copy one that is in memory, without its pooling layer or head.
 
     Args:
         source: A Hub id or folder, or a model; a model with a head gives its `base_model`.
+        encoder_decoder: Whether it may be an encoder-decoder.
         **kwargs: Arguments of `AutoModel.from_pretrained`; not used for a model in memory.
 
     Raises:
-        ValueError: The backbone is an encoder-decoder.
+        ValueError: The backbone is an encoder-decoder and should be none.
     """
     if isinstance(source, PreTrainedModel):
         # Training must not change the caller's model.
@@ -62,13 +65,17 @@ def load_backbone(source: str | PreTrainedModel, **kwargs: Any) -> PreTrainedMod
     else:
         where = {key: kwargs[key] for key in CONFIG_OPTIONS if key in kwargs}
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(source, **where)
-    if config.is_encoder_decoder:
-        raise ValueError(f"backbone {config.model_type!r} is an encoder-decoder; give an encoder or a decoder")
+    if config.is_encoder_decoder and not encoder_decoder:
+        raise ValueError(
+            f"backbone {config.model_type!r} is an encoder-decoder; give an encoder or a decoder, or share it with "
+            "HardSharingModel"
+        )
     if not isinstance(source, PreTrainedModel):
         options = {**backbone_options(type(config)), **kwargs}
         backbone, fresh = load_quietly(AutoModel, source, config, options)
         adopt_backbone(backbone, str(source), fresh)
     else:
+        backbone = as_backbone(backbone) if config.is_encoder_decoder else backbone
         adopt_backbone(backbone)
     return backbone
 
@@ -95,7 +102,8 @@ def adopt_backbone(backbone: PreTrainedModel, source: str = "", fresh: Collectio
         logger.warning(
             f"{source} has no weights for {sorted(fresh)} of {type(backbone).__name__}: they start at random"
         )
-    for module in backbone.modules():
+    modules: Any = backbone.modules()
+    for module in modules:
         module._is_hf_initialized = True  # pretrained: the wrapper's post_init must leave these weights alone
     align_memory(backbone)
 
@@ -155,7 +163,9 @@ def backbone_options(config_class: type[PreTrainedConfig]) -> dict[str, bool]:
 
 
 def is_causal(config: PreTrainedConfig) -> bool:
-    """Return whether each token of a backbone sees only those before it."""
+    """Return whether each token of a backbone sees only those before it; what an encoder reads never does."""
+    if config.is_encoder_decoder:
+        return False
     model_type = config.get_text_config().model_type
     causal_only = (
         model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES

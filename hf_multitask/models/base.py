@@ -26,6 +26,7 @@ from .language_head import LanguageHead
 from .output import MultiTaskOutput, task_losses
 from .passes import PASS_COST_IN_TOKENS, EncoderPass, Segment, cut_rows, places_in_pass, plan_passes
 from .rows import RowTasks
+from .seq2seq_head import Seq2SeqHead
 
 __all__ = ["MultiTaskModel", "MultiTaskOutput"]
 
@@ -71,10 +72,11 @@ class MultiTaskModel(ConstructedModel):
             task_ids: `[B]`, index of the task of each row, as the collator gives it. Not read here: the segments say
                 the same in plain numbers.
             segments: Which rows belong to which task. Padding must then be on the right. Without it every task that
-                is not auxiliary is computed for all rows, from one pass: the way to serve.
+                is not auxiliary is computed for all rows, from one pass: the way to serve. `seq2seq_lm` has logits
+                where it has labels only: without a target there is nothing to predict, see [`generate`].
             labels: Per task, the labels of its rows only (see its head). For tasks over the vocabulary `[rows, L]`, the
                 ids that `masked_lm` is to find, or the ids of the text itself for `causal_lm`; -100 where nothing is
-                predicted.
+                predicted. For `seq2seq_lm` `[rows, K]`, the ids of the targets.
             label_positions: Per task over the vocabulary, `[rows', K]`: its labels are `[rows', K]` too, and each is
                 predicted at the token `row * L + token` of the task's rows. So rows' may be more rows than the batch
                 has, where several stand in one. Per `multiple_choice` task `[examples, C]`, the first token of the row
@@ -120,10 +122,13 @@ class MultiTaskModel(ConstructedModel):
             segments = {
                 task.name: whole for task in self.tasks if not task.auxiliary or (labels and task.name in labels)
             }
+        segments = {
+            name: segment
+            for name, segment in segments.items()
+            if not isinstance(self._head(name), Seq2SeqHead) or (labels and name in labels)
+        }
         if not segments:
-            raise ValueError("segments is empty")
-        for name in segments:
-            self._head(name)
+            raise ValueError("segments is empty: no task has rows (and labels, which seq2seq_lm needs)")
         positions = label_positions or {}
         if labels:
             labels = {
@@ -134,7 +139,7 @@ class MultiTaskModel(ConstructedModel):
             }
         cost = PASS_COST_IN_TOKENS["cpu" if main.device.type == "cpu" else "accelerator"]
         encoded: Any = None
-        own_rows: dict[str, tuple[Tensor | None, ...]] = {}
+        own_rows: dict[str, tuple[Any, ...]] = {}
         for part in self._plan(segments, whole, cost, single_pass or wants_internals):
             inputs = cut_rows(tensors, part)
             mask = inputs.get("attention_mask")
@@ -146,9 +151,12 @@ class MultiTaskModel(ConstructedModel):
             for name in part.tasks:
                 own = slice(segments[name].start - part.start, segments[name].stop - part.start)
                 hidden = encoded.last_hidden_state[own]
+                own_rows[name] = hidden, None if mask is None else mask[own]
+                if isinstance(self.heads[name], Seq2SeqHead):
+                    own_rows[name] += (*self._shared_in_head(name), cast(Mapping[str, Tensor], labels)[name])
+                    continue
                 if gradient_scales is not None and hidden.requires_grad:
                     hidden.register_hook(partial(torch.mul, gradient_scales[name]))
-                own_rows[name] = hidden, None if mask is None else mask[own]
                 if isinstance(self.heads[name], LanguageHead):
                     table = self.vocabulary(name)
                     if gradient_scales is not None and table.requires_grad:
@@ -159,6 +167,9 @@ class MultiTaskModel(ConstructedModel):
                     own_rows[name] += (places_in_pass(positions[name], length, part.length),)
         logits, idle = self._run_heads(own_rows, bool(labels) and run_every_head)
         logits = {name: logits[name] for name in segments}
+        for name in logits:  # all that such a head computes with is shared
+            if gradient_scales is not None and isinstance(self.heads[name], Seq2SeqHead) and logits[name].requires_grad:
+                logits[name].register_hook(partial(torch.mul, gradient_scales[name]))
         added = self.pass_losses(num_tokens)  # asked for in any case: it forgets the passes
         penalty = self.penalty() if labels and self.training and penalty_scale else None
         terms = ([] if added is None else [added]) + ([] if penalty is None else [penalty_scale * penalty])
@@ -220,8 +231,15 @@ class MultiTaskModel(ConstructedModel):
             weights = {task.name: len(row_losses.get(task.name, ())) / total * task.weight for task in self.tasks}
         return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
 
+    def _shared_in_head(self, name: str) -> tuple[Any, ...]:
+        """Return what a task's head is handed beside hidden states: what is no part of it, and is shared."""
+        if not isinstance(self.heads[name], LanguageHead):
+            return ()
+        table = self.vocabulary(name)
+        return (table, self.backbone) if isinstance(self.heads[name], Seq2SeqHead) else (table,)
+
     def _run_heads(
-        self, own_rows: Mapping[str, tuple[Tensor | None, ...]], every: bool
+        self, own_rows: Mapping[str, tuple[Any, ...]], every: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the logits of the tasks that have rows, and a 0 that depends on the parameters of all other heads.
 
@@ -239,8 +257,7 @@ class MultiTaskModel(ConstructedModel):
             if name in own_rows:
                 logits[name] = head(*own_rows[name])
             else:
-                table = (self.vocabulary(name),) if isinstance(head, LanguageHead) else ()
-                idle.append(0.0 * head(token, None, *table).float().sum())
+                idle.append(0.0 * head(token, None, *self._shared_in_head(name)).float().sum())
                 other = self.idle_term(name)
                 idle += [] if other is None else [other]
         return logits, torch.stack(idle).sum() if idle else None

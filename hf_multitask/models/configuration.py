@@ -24,6 +24,8 @@ class MultiTaskConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the heads' initial weights.
         max_input_length: Longest input in tokens that the model was trained on.
         generation: Settings of `generate` that came with the backbone's checkpoint.
+        untied_vocabulary: Tokens are predicted with another table than that of the input embeddings, although the
+            backbone's configuration ties the two (as it does for T5 version 1.1 and FLAN-T5).
     """
 
     sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="bert")}
@@ -35,6 +37,7 @@ class MultiTaskConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     max_input_length: int | None = None
     generation: dict | None = None
+    untied_vocabulary: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the tasks and store them as plain dictionaries."""

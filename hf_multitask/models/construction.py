@@ -15,13 +15,17 @@ from transformers import initialization as init
 from .all_heads import make_head
 from .backbone import align_memory, backbone_options, cast_parameters, default_pooling, load_backbone
 from .configuration import MultiTaskConfig
+from .encoder_decoder import drop_decoder
 from .language_head import LanguageHead, is_tied
 from .pretrained_language import LanguageParts, load_language_model
 from .rows import CurrentRows
 from .scheme import SharingScheme
 from .task import Task, check_tasks, closest
+from .task_type import TaskType
 
 __all__ = ["ConstructedModel"]
+
+_FOUND = ("generation", "untied_vocabulary")  # fields of the configuration that come with the backbone's checkpoint
 
 
 class ConstructedModel(SharingScheme):
@@ -47,6 +51,8 @@ class ConstructedModel(SharingScheme):
         if backbone is None:
             options = backbone_options(type(config.backbone_config))
             backbone = AutoModel.from_config(config.backbone_config, **options)
+        if config.backbone_config.is_encoder_decoder:
+            self._settle_decoder(backbone)
         self.backbone = backbone
         self.rows = CurrentRows()
         pooling = config.pooling or default_pooling(config.backbone_config)
@@ -57,11 +63,9 @@ class ConstructedModel(SharingScheme):
                 for task in self.tasks
             }
         )
-        language = [head for head in self.heads.values() if isinstance(head, LanguageHead)]
         self.lm_head = None
-        if language and not is_tied(config.backbone_config):
-            size, width = language[0].layers.table_shape
-            self.lm_head = nn.Linear(width, size, bias=False)
+        if config.untied_vocabulary or not is_tied(config.backbone_config):
+            self.untie_vocabulary()
 
     @classmethod
     def from_backbone(
@@ -97,18 +101,21 @@ class ConstructedModel(SharingScheme):
                     f"{cls.__name__} has no option {option!r}{closest(option, cls.options())}; "
                     f"options are {', '.join(cls.options())}"
                 )
-        language = [task for task in tasks if task.type.is_language]
+        kinds = [task.type for task in tasks if task.type.is_language]
+        kinds.sort(key=TaskType.SEQ2SEQ_LM.__ne__)  # first, as it takes other backbones
         parts = LanguageParts()
-        if language:
-            model, parts = load_language_model(backbone, language[0].type, **(backbone_kwargs or {}))
+        if kinds:
+            model, parts = load_language_model(backbone, kinds[0], **(backbone_kwargs or {}))
         else:
-            model = load_backbone(backbone, **(backbone_kwargs or {}))
+            may = cls.supports_encoder_decoder
+            model = load_backbone(backbone, encoder_decoder=may, **(backbone_kwargs or {}))
         config = cls.config_class(
             backbone_config=model.config,
             tasks=[task.to_dict() for task in tasks],
             # Said here because a configuration hands its own setting, None by default, to those inside it.
             **{"attn_implementation": model.config._attn_implementation, **options},
             generation=parts.generation,
+            untied_vocabulary=parts.untied,
             **cls.describe_backbone(backbone, model),
         )
         wrapped = cls(config, model)
@@ -126,6 +133,29 @@ class ConstructedModel(SharingScheme):
         model.freeze_backbone()
         return loaded
 
+    def _settle_decoder(self, backbone: PreTrainedModel) -> None:
+        """Take the decoder out of an encoder-decoder, where no task writes.
+
+        Raises:
+            ValueError: The scheme cannot have an encoder-decoder.
+        """
+        if not self.supports_encoder_decoder:
+            raise ValueError(
+                f"backbone {backbone.config.model_type!r} is an encoder-decoder, which does not go with "
+                f"{type(self).__name__}; use HardSharingModel, or another backbone"
+            )
+        if not any(task.type is TaskType.SEQ2SEQ_LM for task in self.tasks):
+            drop_decoder(backbone)
+
+    def untie_vocabulary(self) -> None:
+        """Give the model a table of its own to predict tokens with, if a task does and there is none."""
+        heads = [head for head in self.heads.values() if isinstance(head, LanguageHead)]
+        if heads and self.lm_head is None:
+            size, width = heads[0].layers.table_shape
+            self.lm_head = nn.Linear(width, size, bias=False)
+            self.config.untied_vocabulary = is_tied(self.config.backbone_config)
+            self.freeze_backbone()
+
     @torch.no_grad()
     def _adopt_language(self, parts: LanguageParts) -> None:
         """Take over the pretrained weights of the heads over the vocabulary."""
@@ -141,7 +171,7 @@ class ConstructedModel(SharingScheme):
     @classmethod
     def options(cls) -> list[str]:
         """Return the options of `from_backbone`: the fields that the scheme's configuration adds to the common ones."""
-        common = {field.name for field in fields(PreTrainedConfig)} | {"backbone_config", "tasks", "generation"}
+        common = {field.name for field in fields(PreTrainedConfig)} | {"backbone_config", "tasks", *_FOUND}
         return [field.name for field in fields(cls.config_class) if field.name not in common]
 
     # ---- PreTrainedModel's contracts ----
@@ -181,5 +211,5 @@ class ConstructedModel(SharingScheme):
         resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         for head in self.heads.values():
             if isinstance(head, LanguageHead):
-                head.layers.vocabulary.resize(resized.num_embeddings)
+                head.layers.resize(resized.num_embeddings)
         return resized

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from .auto import SCHEMES
 from .backbone import cast_parameters
 from .base import MultiTaskModel
+from .language_head import LanguageLayers
 from .native_head import NativeLayers, native_model
 from .task import Task, closest
 
@@ -44,6 +46,11 @@ def convert(model: MultiTaskModel, scheme: str, **options: Any) -> MultiTaskMode
     common = {name: getattr(model.config, name) for name in _COMMON}
     result = SCHEMES[scheme].from_backbone(model.merged_backbone(), model.tasks, **{**common, **options})
     result.heads.load_state_dict(model.heads.state_dict())
+    result.config.generation = model.config.generation
+    if model.lm_head is not None:
+        result.untie_vocabulary()
+        cast_parameters(result.lm_head, model.dtype)
+        result.lm_head.load_state_dict(model.lm_head.state_dict())
     return result.to(model.device).train(model.training)  # type: ignore[arg-type]
 
 
@@ -83,7 +90,7 @@ def plain_model(model: MultiTaskModel, name: str) -> PreTrainedModel:
         ValueError: The task is unknown or has another head, or the scheme computes what no plain model does.
     """
     task = _find(model, name)
-    layers = model._head(name).layers
+    layers = getattr(model._head(name), "layers", None)
     if not isinstance(layers, NativeLayers):
         raise ValueError(
             f"task {name!r}: its head {task.head!r} is none that Transformers has; train with Task(head='native'), or "
@@ -91,9 +98,24 @@ def plain_model(model: MultiTaskModel, name: str) -> PreTrainedModel:
         )
     backbone = model.task_backbone(name)
     plain = native_model(task, backbone.config)
-    state = {f"{plain.base_model_prefix}.{key}": value for key, value in backbone.state_dict().items()}
+    # The language model of some encoder-decoders holds the parts of the backbone as its own.
+    prefix = f"{plain.base_model_prefix}." if plain.base_model_prefix in plain._modules else ""
+    state = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
     cast_parameters(plain, model.dtype)
-    plain.load_state_dict(state | layers.native.state_dict())
+    if isinstance(layers, LanguageLayers):
+        state[f"{layers.vocabulary_path}.weight"] = model.vocabulary(name)
+        if model.lm_head is not None:  # whatever the configuration says of it
+            output: Any = plain.get_output_embeddings()
+            output.weight = nn.Parameter(output.weight.detach().clone())
+        missing, unexpected = plain.load_state_dict(state | layers.native.state_dict(), strict=False)
+        if unexpected or set(missing) - set(plain._tied_weights_keys or ()) - set((plain._tied_weights_keys or {}).values()):
+            raise ValueError(f"task {name!r}: {type(plain).__name__} has other weights: {missing}, {unexpected}")
+        if model.config.generation is not None and plain.can_generate():
+            plain.generation_config = GenerationConfig(**model.config.generation)
+        if model.lm_head is None:
+            plain.tie_weights()
+    else:
+        plain.load_state_dict(state | layers.native.state_dict())
     return plain.to(model.device).eval()  # type: ignore[arg-type]
 
 
@@ -111,7 +133,8 @@ def export_task(model: MultiTaskModel, name: str, folder: str | Path, native: bo
         ValueError: The task is unknown, or cannot be written as asked.
     """
     if native is None:
-        native = _find(model, name).head == "native"
+        task = _find(model, name)
+        native = task.head == "native" or task.type.is_language
     exported = plain_model(model, name) if native else select_tasks(model, [name])
     exported.save_pretrained(folder)
 

@@ -2,13 +2,12 @@
 
 Transformers' own `generate` runs on Transformers' own model class. For one task that class is there already, as the
 head (see [`hf_multitask.models.language_head`]); in the place of its backbone stands a [`TaskBackbone`], which calls
-the multi-task model's, with the task's prefix, adapter or conditioning active. So every option of `generate` keeps its
-meaning, and nothing is copied.
+the multi-task model's, with the task's prefix, adapter or conditioning active (an encoder-decoder, which has nothing
+of that kind, stands there itself). So every option of `generate` keeps its meaning, and nothing is copied.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .language_head import CausalLanguageHead
+from .native_head import shallow_copy
 from .rows import RowTasks
+from .seq2seq_head import Seq2SeqHead
 from .task import closest
 
 if TYPE_CHECKING:
@@ -61,22 +62,32 @@ def language_model(model: SharingScheme, task: str) -> PreTrainedModel:
     if task not in names:
         raise ValueError(f"no task {task!r}{closest(task, able)}; tasks that generate are {', '.join(able) or 'none'}")
     head = model._head(task)
-    if not isinstance(head, CausalLanguageHead):
+    if isinstance(head, Seq2SeqHead):
+        native = head.layers.over(model.backbone, model.vocabulary(task))
+        native.training = False
+    elif isinstance(head, CausalLanguageHead):
+        native = _over_task_backbone(model, task, head)
+    else:
         kind = next(one.type for one in model.tasks if one.name == task)
         raise ValueError(
             f"task {task!r} is {kind} and does not generate text; tasks that do are {', '.join(able) or 'none'}"
         )
-    native = _shallow(cast(PreTrainedModel, head.layers.native))
+    if model.config.generation is not None:
+        native.generation_config = GenerationConfig(**model.config.generation)
+    return native
+
+
+def _over_task_backbone(model: SharingScheme, task: str, head: CausalLanguageHead) -> PreTrainedModel:
+    native = shallow_copy(cast(PreTrainedModel, head.layers.native))
     holder, _, name = head.layers.vocabulary_path.rpartition(".")
     if holder:
         raise ValueError(f"{type(native).__name__} keeps its vocabulary in {holder!r}, which generate is not made for")
-    vocabulary = _shallow(head.layers.vocabulary)
+    vocabulary = shallow_copy(head.layers.vocabulary)
     vocabulary.table = (model.vocabulary(task),)
+    vocabulary.weight = model.vocabulary(task)  # `generate` asks for the device and the dtype of a parameter
     native._modules[name] = vocabulary
     native._modules[native.base_model_prefix] = TaskBackbone(model, task)
     native.train(False)
-    if model.config.generation is not None:
-        native.generation_config = GenerationConfig(**model.config.generation)
     return native
 
 
@@ -96,11 +107,3 @@ def generate(model: SharingScheme, inputs: Any, task: str | None, **kwargs: Any)
         return cast(Any, native).generate(inputs, **options)
     finally:
         model.train(was_training)
-
-
-def _shallow(module: Any) -> Any:
-    """Return a copy of a module that shares parameters and submodules, and may be given others."""
-    result = copy.copy(module)
-    for table in ("_parameters", "_buffers", "_modules"):
-        result.__dict__[table] = dict(module.__dict__[table])
-    return result

@@ -27,6 +27,9 @@ class HardSharingModel(MultiTaskModel):
     one model plus small heads. It fits related tasks of similar size; where gradients conflict, other schemes part
     the ways.
 
+    The backbone may be an encoder-decoder: tasks that write (`seq2seq_lm`) then train its decoder together, all others
+    read the hidden states of its encoder. Without a task that writes, the decoder is left out.
+
     Example:
         >>> from transformers import BertConfig
         >>> config = HardSharingConfig(
@@ -40,6 +43,7 @@ class HardSharingModel(MultiTaskModel):
 
     config_class = HardSharingConfig
     supports_sharding = True
+    supports_encoder_decoder = True
 
     def __init__(self, config: HardSharingConfig, backbone: PreTrainedModel | None = None) -> None:
         """Build the backbone and the heads."""
@@ -55,5 +59,6 @@ class HardSharingModel(MultiTaskModel):
         return self.merged_backbone()
 
     def encode(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the backbone on some rows."""
-        return self.run_backbone(self.backbone, input_ids, attention_mask=attention_mask, **kwargs)
+        """Run the backbone on some rows; of an encoder-decoder the encoder."""
+        encoder: Any = self.backbone.get_encoder() if self.backbone.config.is_encoder_decoder else self.backbone
+        return self.run_backbone(encoder, input_ids, attention_mask=attention_mask, **kwargs)

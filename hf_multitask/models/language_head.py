@@ -12,7 +12,7 @@ encoder the full table of logits would cost more than the encoder.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,10 @@ class LanguageLayers(NativeLayers):
         """The last layer."""
         return cast(Vocabulary, cast(Any, self.native).get_submodule(self.vocabulary_path))
 
+    def resize(self, size: int) -> None:
+        """Make what there is for each token fit a vocabulary of another size."""
+        self.vocabulary.resize(size)
+
     def with_table(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Return the logits, `[B, K, V]`, of hidden states `[B, K, H]`, with the table `[V, E]`."""
         self.vocabulary.table = (table,)
@@ -102,6 +106,7 @@ class LanguageHead(TokenHead):
     """
 
     layers: LanguageLayers
+    layers_type: ClassVar[type[LanguageLayers]] = LanguageLayers
 
     def __init__(
         self,
@@ -116,7 +121,7 @@ class LanguageHead(TokenHead):
         self.label_smoothing = task.label_smoothing
         assert backbone_config is not None
         self.check(task, backbone_config)
-        self.layers = LanguageLayers(task, backbone_config)
+        self.layers = self.layers_type(task, backbone_config)
 
     @staticmethod
     def check(task: Task, backbone_config: PreTrainedConfig) -> None:
@@ -150,12 +155,22 @@ class LanguageHead(TokenHead):
         return labels
 
 
+def refuse_encoder_decoder(task: Task, backbone_config: PreTrainedConfig) -> None:
+    """Raise ValueError for an encoder-decoder, whose encoder alone reads the rows of other tasks."""
+    if backbone_config.is_encoder_decoder:
+        raise ValueError(
+            f"task {task.name!r}: {task.type} does not go with an encoder-decoder, which "
+            f"{backbone_config.model_type!r} is; use seq2seq_lm"
+        )
+
+
 class MaskedLanguageHead(LanguageHead):
     """Tokens that were hidden from an encoder (Devlin et al. 2019)."""
 
     @staticmethod
     def check(task: Task, backbone_config: PreTrainedConfig) -> None:
         """Raise ValueError for a decoder, which has not read what comes after a hidden token."""
+        refuse_encoder_decoder(task, backbone_config)
         if is_causal(backbone_config):
             raise ValueError(
                 f"task {task.name!r}: masked_lm needs an encoder; {backbone_config.model_type!r} reads from left to "
@@ -169,6 +184,7 @@ class CausalLanguageHead(LanguageHead):
     @staticmethod
     def check(task: Task, backbone_config: PreTrainedConfig) -> None:
         """Raise ValueError for a bidirectional encoder, which sees the answer."""
+        refuse_encoder_decoder(task, backbone_config)
         if not is_causal(backbone_config):
             raise ValueError(
                 f"task {task.name!r}: causal_lm on {backbone_config.model_type!r}: a bidirectional encoder sees the "

@@ -1,6 +1,6 @@
 """The heads that Transformers itself puts on a backbone, so that an exported task loads without this library.
 
-Tasks over the vocabulary (`masked_lm`, `causal_lm`) always have them, see [`hf_multitask.models.language_head`].
+Tasks over the vocabulary always have them, see [`hf_multitask.models.language_head`] and its sister for `seq2seq_lm`.
 
 `AutoModelForSequenceClassification` and its sisters for tokens, spans and choices give each family a head of its own
 (BERT has a tanh pooler in front, RoBERTa two layers on the first token, ModernBERT a norm, decoders the last token). A
@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
@@ -29,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from .task import Task, TaskType
 
-__all__ = ["GivenHidden", "NativeLayers", "native_config", "native_model"]
+__all__ = ["GivenHidden", "NativeLayers", "native_config", "native_model", "shallow_copy"]
 
 _PROBLEMS = (
     TaskType.SINGLE_LABEL_CLASSIFICATION,
@@ -63,11 +64,17 @@ def native_model(task: Task, backbone_config: PreTrainedConfig) -> PreTrainedMod
         TaskType.MULTIPLE_CHOICE: AutoModelForMultipleChoice,
         TaskType.MASKED_LM: AutoModelForMaskedLM,
         TaskType.CAUSAL_LM: AutoModelForCausalLM,
+        TaskType.SEQ2SEQ_LM: AutoModelForSeq2SeqLM,
     }.get(task.type)
     if task.type in _PROBLEMS:
         auto = AutoModelForSequenceClassification
     elif auto is None:
         raise ValueError(f"task {task.name!r}: head 'native' is not there for {task.type}; take 'mlp' or 'linear'")
+    if backbone_config.is_encoder_decoder and not task.type.is_language:
+        raise ValueError(
+            f"task {task.name!r}: what Transformers itself puts on the encoder-decoder {backbone_config.model_type!r} "
+            "reads its decoder, so there is no head 'native'; take 'mlp' or 'linear'"
+        )
     if type(backbone_config) not in auto._model_mapping:
         raise ValueError(
             f"task {task.name!r}: {auto.__name__} knows no {backbone_config.model_type!r}, so there is no head "
@@ -109,21 +116,28 @@ class NativeLayers(nn.Module):
         outer = torch.empty(0).device  # `meta` where a checkpoint is going to fill all parameters in
         with torch.device("meta"):  # the backbone in it is not needed, and may be large
             model = native_model(task, backbone_config)
-        prefix = model.base_model_prefix
         self._prepare(model)
-        setattr(model, prefix, GivenHidden(getattr(model, prefix)))
+        self._replace_backbone(model)
         if outer.type != "meta":
             model.to_empty(device=outer)
-            for module in model.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if callable(reset):
-                    reset()
+            self._fill(model)
         self.native = model
         self._pad = backbone_config.get_text_config().pad_token_id or 0
         self._is_choice = task.type is TaskType.MULTIPLE_CHOICE
 
     def _prepare(self, model: PreTrainedModel) -> None:
         """Change the whole model, before its backbone is taken out and memory is taken for its parameters."""
+
+    def _replace_backbone(self, model: PreTrainedModel) -> None:
+        """Put what is told the hidden states in the place of the backbone."""
+        setattr(model, model.base_model_prefix, GivenHidden(getattr(model, model.base_model_prefix)))
+
+    def _fill(self, model: PreTrainedModel) -> None:
+        """Give the parameters their first values, in memory that holds anything."""
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return the logits, `[B, C]` or `[B, L, C]`, of hidden states `[B, L, H]`; of choices `[B, 1]`."""
@@ -139,3 +153,11 @@ class NativeLayers(nn.Module):
         if "start_logits" in output:
             return torch.stack([output.start_logits, output.end_logits], dim=-1)
         return output.logits
+
+
+def shallow_copy(module: Any) -> Any:
+    """Return a copy of a module that shares parameters and submodules, and may be given others."""
+    result = copy.copy(module)
+    for table in ("_parameters", "_buffers", "_modules"):
+        result.__dict__[table] = dict(module.__dict__[table])
+    return result

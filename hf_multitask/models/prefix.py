@@ -85,6 +85,7 @@ class PrefixModel(FrozenBackboneModel):
 
     config_class = PrefixConfig
     supports_packing = False
+    untrained_tasks_are_plain = False
     config: PrefixConfig
 
     def __init__(self, config: PrefixConfig, backbone: PreTrainedModel | None = None) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .encoder_decoder import decoder_parameters
 from .heads import TaskHead
 from .rows import CurrentRows
 from .task import Task
+from .task_type import TaskType
 
 __all__ = ["SharingScheme"]
 
@@ -43,8 +45,13 @@ class SharingScheme(PreTrainedModel, ABC):
     # Whether FSDP and DeepSpeed may shard its parameters: every process must run the same modules.
     supports_sharding: ClassVar[bool] = False
 
+    # Whether a task that is never trained computes what the backbone (and what is shared) does.
+    untrained_tasks_are_plain: ClassVar[bool] = True
     # Whether several texts may stand in one row of a batch, told apart by their positions.
     supports_packing: ClassVar[bool] = True
+
+    # Whether the backbone may be an encoder-decoder: whatever of it a task needs, all tasks share.
+    supports_encoder_decoder: ClassVar[bool] = False
 
     tasks: list[Task]
     heads: nn.ModuleDict
@@ -129,6 +136,20 @@ class SharingScheme(PreTrainedModel, ABC):
         """Yield the parameters that a step without rows of a task must leave alone."""
         return self.task_parameters(name)
 
+    def untrained_parameters(self, names: Sequence[str]) -> Iterator[nn.Parameter]:
+        """Yield the parameters that a step without rows of some tasks must leave alone.
+
+        Beside what each has for itself these are shared ones that nobody else trains: the decoder of tasks that write,
+        and the table that tokens are predicted with, where it is not that of the input embeddings.
+        """
+        for name in names:
+            yield from self.idle_parameters(name)
+        others = {task.type for task in self.tasks if task.name not in names}
+        if self.lm_head is not None and not any(kind.is_language for kind in others):
+            yield from self.lm_head.parameters()
+        if self.backbone.config.is_encoder_decoder and TaskType.SEQ2SEQ_LM not in others:
+            yield from decoder_parameters(self.backbone)
+
     def finish_window(self) -> None:
         """Take note that the passes of an optimizer step are through; a collective call."""
 
@@ -184,13 +205,14 @@ class SharingScheme(PreTrainedModel, ABC):
         """Write text for one task, with the parameters that its rows are trained with.
 
         Args:
-            input_ids: `[B, L]`, prompts, padded on the left.
+            input_ids: `[B, L]`, prompts, padded on the left; for `seq2seq_lm` texts, padded on the right.
             task: The task; may be left out where only one generates.
             **kwargs: `attention_mask` `[B, L]` and all other arguments of Transformers' `generate`; they go before
                 `Task(generation=...)`, and these before what came with the backbone.
 
         Returns:
-            What Transformers' `generate` returns: `[B, L + new]`, or an output object.
+            What Transformers' `generate` returns: `[B, L + new]` (for `seq2seq_lm` `[B, 1 + new]`), or an output
+            object.
 
         Raises:
             ValueError: The task is unknown or does not generate.
@@ -226,7 +248,11 @@ class SharingScheme(PreTrainedModel, ABC):
 
     def compile_backbone(self, **options: Any) -> None:
         """Compile the backbone in place, with arguments of `torch.compile`."""
-        self.backbone.compile(**options)
+        parts = [self.backbone]
+        if self.backbone.config.is_encoder_decoder:  # nothing calls it as a whole
+            parts = [part for part in (self.backbone.get_encoder(), self.backbone.get_decoder()) if part is not None]
+        for part in parts:
+            part.compile(**options)
 
     def freeze_backbone(self) -> None:
         """Freeze what the scheme does not train; also after loading, which makes new parameters."""

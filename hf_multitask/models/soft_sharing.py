@@ -105,6 +105,7 @@ class SoftSharingModel(MultiTaskModel):
     """
 
     config_class = SoftSharingConfig
+    untrained_tasks_are_plain = False
     config: SoftSharingConfig
     encoders: nn.ModuleDict
 
@@ -224,11 +225,7 @@ class SoftSharingModel(MultiTaskModel):
         return self.encoder(name).get_input_embeddings()
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the task's encoder in the course of writing.
-
-        Raises:
-            ValueError: There are cross-stitch units, which mix all encoders in every layer.
-        """
+        """Run the task's encoder in the course of writing; cross-stitch units, which mix all encoders, are refused."""
         if self.config.cross_stitch:
             raise ValueError("generate does not go with cross-stitch units, which keep no cache; train without them")
         return super().decode(*args, **kwargs)

@@ -38,6 +38,7 @@ _DEFAULT_LABEL_COLUMN = {
     TaskType.TOKEN_CLASSIFICATION: "tags",
     TaskType.MULTI_LABEL_CLASSIFICATION: "labels",
     TaskType.QUESTION_ANSWERING: "answers",
+    TaskType.SEQ2SEQ_LM: "target",
 }
 _POOLINGS = ("mean", "first", "last")
 _HEADS = ("mlp", "linear", "native")
@@ -58,19 +59,20 @@ class Task:
             file name.
         type: A [`TaskType`] or its name.
         labels: The names of the labels, in the order of their ids. Required for all types of classification; for
-            `regression` the names of several target values (default: one nameless value). For `causal_lm` the targets
-            that there are, if they are a closed set: evaluation then picks the likeliest.
+            `regression` the names of several target values (default: one nameless value). For `causal_lm` and
+            `seq2seq_lm` the targets that there are, if they are a closed set: evaluation then picks the likeliest.
         dataset: The name of the dataset that feeds the task (default: the task's name). Tasks that name the same
             dataset and the same text columns are trained on the same rows with one pass of the encoder.
         text_columns: One column, or two for pairs of texts (default: `text`, or `tokens` for
             `token_classification`; the columns in `prompt`, where there is one). A column may hold strings or lists
-            of words; for `causal_lm` also chat messages, dictionaries with `role` and `content`, the last of which is
-            the target. For `question_answering` the question and the context that holds the answer (default:
+            of words; for `causal_lm` and `seq2seq_lm` also chat messages, dictionaries with `role` and `content`, the
+            last of which is the target. For `question_answering` the question and the context that holds the answer (default:
             `question` and `context`); for `multiple_choice` what the choices are about (default: `question`), of two
             columns the second stands in front of each choice.
         label_column: The column of the labels (default: `label`; `tags` for `token_classification`, `labels` for
             `multi_label_classification`). For `causal_lm` the column of the targets (default: `target` with a
-            `prompt`; else None, and the whole text is predicted). `masked_lm` has none. For `question_answering`
+            `prompt`; else None, and the whole text is predicted), for `seq2seq_lm` too (default: `target`; none with
+            chat messages). `masked_lm` has none. For `question_answering`
             `answers`, dictionaries with lists `text` and `answer_start` (characters of the context), both empty where
             the context holds no answer; for `multiple_choice` the number of the right choice, from 0.
         weight: Factor of the task's loss, at least 0 (default: 1.0; 0.1 for an auxiliary task and for language
@@ -84,12 +86,15 @@ class Task:
             `...MultipleChoice`).
         head_dropout: Dropout in front of the head, in [0, 1) (default: the model's `head_dropout`).
         label_smoothing: Weight of the uniform distribution in the target of a cross-entropy, in [0, 1).
-        max_length: Longest input in tokens, special tokens included (default: the training argument's).
-        prompt: For `causal_lm`, a template of what stands before the target, with columns in braces
+        max_length: Longest input in tokens, special tokens included (default: the training argument's). For
+            `seq2seq_lm` that of the target, too.
+        prompt: For `causal_lm` and `seq2seq_lm`, a template of what stands before the target, with columns in braces
             (`"Is this good? {text}"`), or several, of which each row gets one, drawn by the seed.
-        chat: For `causal_lm`, put prompt and target into the tokenizer's chat template, as the user's message and
-            the assistant's.
-        generation: For `causal_lm`, arguments of `generate` for evaluation and prediction (`max_new_tokens`, ...).
+        chat: For the same, put prompt and target into the tokenizer's chat template, as the user's message and the
+            assistant's (for `seq2seq_lm` the prompt alone: the target is a text of its own).
+        held_out: For `causal_lm`, never train the task, but evaluate it: what training on the other tasks does for
+            tasks never seen. It counts in `eval_held_out_average`, and not in `eval_average`.
+        generation: For the same, arguments of `generate` for evaluation and prediction (`max_new_tokens`, ...).
         mlm_probability: For `masked_lm`, the share of a row's tokens that are predicted, in (0, 1].
         whole_words: For `masked_lm`, take all tokens of a word together.
         stride: For `question_answering`, tokens of the context that two neighbouring windows share: a context that is
@@ -128,6 +133,7 @@ class Task:
     metric: str | None = None
     prompt: tuple[str, ...] | None = None
     chat: bool = False
+    held_out: bool = False
     generation: dict[str, Any] | None = None
     mlm_probability: float = 0.15
     whole_words: bool = False
@@ -318,8 +324,9 @@ def check_tasks(tasks: Iterable[Task | dict[str, Any]]) -> list[Task]:
                 "names must be unique, in file systems that ignore case too"
             )
         seen[key] = task.name
-    if all(task.auxiliary for task in checked):
-        raise ValueError("all tasks are auxiliary: at least one must be trained for its own sake")
-    if all(task.weight == 0 for task in checked):
+    if all(task.auxiliary or task.held_out for task in checked):
+        kinds = "auxiliary or held out" if any(task.held_out for task in checked) else "auxiliary"
+        raise ValueError(f"all tasks are {kinds}: at least one must be trained for its own sake")
+    if all(task.weight == 0 or task.held_out for task in checked):
         raise ValueError("the weights of all tasks are 0: nothing would be trained")
     return checked

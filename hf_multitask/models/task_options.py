@@ -10,11 +10,13 @@ from .task_type import TaskType
 
 __all__ = ["check_columns", "check_type_options", "template_fields"]
 
+_GENERATING = (TaskType.CAUSAL_LM, TaskType.SEQ2SEQ_LM)
 # By field, its value where it is not used, and the types that use it.
 _USED_BY: dict[str, tuple[Any, tuple[TaskType, ...]]] = {
-    "prompt": (None, (TaskType.CAUSAL_LM,)),
-    "chat": (False, (TaskType.CAUSAL_LM,)),
-    "generation": (None, (TaskType.CAUSAL_LM,)),
+    "prompt": (None, _GENERATING),
+    "chat": (False, _GENERATING),
+    "held_out": (False, (TaskType.CAUSAL_LM,)),
+    "generation": (None, _GENERATING),
     "mlm_probability": (0.15, (TaskType.MASKED_LM,)),
     "whole_words": (False, (TaskType.MASKED_LM,)),
     "stride": (128, (TaskType.QUESTION_ANSWERING,)),
@@ -58,7 +60,9 @@ def check_type_options(task: Any) -> str | None:
         value = getattr(task, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             return f"{field} must be a whole number of at least {least}, got {value!r}"
-    for field in ("chat", "whole_words"):
+    if task.held_out and task.auxiliary:
+        return "an auxiliary task cannot be held_out: it is there to be trained"
+    for field in ("chat", "whole_words", "held_out"):
         if not isinstance(getattr(task, field), bool):
             return f"{field} must be true or false, got {getattr(task, field)!r}"
     if task.generation is not None and (

@@ -18,6 +18,7 @@ class TaskType(str, Enum):
     MULTIPLE_CHOICE = "multiple_choice"
     MASKED_LM = "masked_lm"
     CAUSAL_LM = "causal_lm"
+    SEQ2SEQ_LM = "seq2seq_lm"
 
     def __str__(self) -> str:
         """Return the plain name, so that messages and JSON show `regression`."""
@@ -26,12 +27,12 @@ class TaskType(str, Enum):
     @property
     def is_language(self) -> bool:
         """Whether tokens of the vocabulary are predicted, so that the text itself is the label."""
-        return self in (TaskType.MASKED_LM, TaskType.CAUSAL_LM)
+        return self is TaskType.MASKED_LM or self.generates
 
     @property
     def generates(self) -> bool:
         """Whether a model of the task can write text."""
-        return self is TaskType.CAUSAL_LM
+        return self in (TaskType.CAUSAL_LM, TaskType.SEQ2SEQ_LM)
 
     @property
     def has_labels(self) -> bool:

@@ -2,9 +2,10 @@
 
     python recipes/benchmarks/sharing_quickstart.py [--schemes hard soft ...] [--write]
 
-Every scheme runs `recipes/quickstart.yaml` with nothing changed but `model.sharing` and learning rates: where the backbone
-is frozen, that of what stands beside it; under soft sharing, where few rows reach each encoder, that of the heads. The baseline answers with the most frequent label, or the mean, of the
-training rows; for entities that is no entity at all. Schemes that are left out keep what is recorded of them.
+Every scheme runs `recipes/quickstart.yaml` with nothing changed but `model.sharing` and learning rates: where the
+backbone is frozen, that of what stands beside it; under soft sharing, where few rows reach each encoder, that of the
+heads. The baseline answers with the most frequent label, or the mean, of the training rows; for entities that is no
+entity at all. Schemes that are left out keep what is recorded of them.
 """
 
 from __future__ import annotations

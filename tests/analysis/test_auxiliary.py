@@ -529,8 +529,9 @@ def test_a_weighting_that_looks_at_all_losses_is_warned_of(files, tmp_path, monk
 def test_a_sampling_that_follows_the_metrics_is_warned_of(files, tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(module.logger, "warning", said.append)
-    scores = "training.task_sampling_kwargs={scores: {tone: 0.9, strength: 0.9, names: 0.9}}"
-    repeat(files, tmp_path / "x", (0, 0.3), seeds=[0], settings=["training.task_sampling=performance_gap", scores])
+    settings = ["training.task_sampling=performance_gap", "training.eval_strategy=steps", "training.eval_steps=2"]
+    settings.append("training.task_sampling_kwargs={scores: {tone: 0.9, strength: 0.9, names: 0.9}}")
+    repeat(files, tmp_path / "x", (0, 0.3), seeds=[0], settings=settings)
     assert len(said) == 1 and "runs of different weights see other rows" in said[0]
 
 

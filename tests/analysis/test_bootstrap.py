@@ -1,4 +1,4 @@
-"""The statistics of a comparison on plain numbers: intervals that hold what they promise, metrics as on the real rows."""
+"""The statistics of a comparison on plain numbers: intervals hold what they promise, metrics are those of the rows."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def simulate(seeds: int, examples: int, over_seeds: float, draw: np.random.Gener
     return estimate(values.mean(1), resample(metrics, examples, 200, int(draw.integers(2**31))))
 
 
-# The variance of a mean over three seeds is (0.09 + 0.36 / 3) / 100 from examples; seeds add 0, as much, or ten times it.
+# The variance of a mean over three seeds is (0.09 + 0.36 / 3) / 100 from examples; seeds add 0, as much, or ten times.
 @pytest.mark.parametrize("over_seeds", [0.0, 0.08, 0.25])
 def test_intervals_cover_the_truth_as_often_as_they_say(over_seeds):
     draw = np.random.default_rng(7)

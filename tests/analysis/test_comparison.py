@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import BACKBONES, make_datasets, make_tokenizer
 from typer.testing import CliRunner
@@ -30,6 +31,7 @@ TASKS = ("tone", "strength", "names")
 def write_recipe(folder: Path, **training) -> Path:
     """Write a backbone, data files and a recipe; return the recipe's path."""
     if not (folder / "backbone").exists():
+        torch.manual_seed(0)
         BACKBONES["bert"]().save_pretrained(folder / "backbone")
         make_tokenizer().save_pretrained(folder / "backbone")
         for split, seed in (("train", 0), ("validation", 1)):
@@ -226,6 +228,7 @@ def test_other_rows_backbones_and_budgets_are_other_runs(tmp_path):
     names.to_parquet(tmp_path / "names-validation.parquet")
     now = keys(path)
     assert {name for name in before if before[name] != now[name]} == {"multi", "uniform", "names"}
+    torch.manual_seed(12345)
     BACKBONES["bert"]().save_pretrained(tmp_path / "backbone")
     assert all(now[name] != key for name, key in keys(path).items())
     planner = make_planner(path)
@@ -521,7 +524,7 @@ def test_bad_arguments_are_named_before_anything_is_trained(first, tmp_path, cou
     options, message = ARGUMENTS[case]
     options = dict(options)
     if "settings" in options:
-        data = str(first[0] / "reviews-{split}.parquet") + ", label_column: strength"
+        data = f'"{first[0]}/reviews-{{split}}.parquet", label_column: strength'
         options["settings"] = [setting.replace("DATA", data) for setting in options["settings"]]
     with pytest.raises(ValueError, match=message):
         compare(first[0] / "job.yaml", output=tmp_path / "compared", **options)

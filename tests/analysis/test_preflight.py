@@ -251,9 +251,10 @@ def test_a_label_that_never_occurs_in_training_is_found(doctor):
     # Where the labels are taken from the training rows, the trainer refuses too; other findings are there all the same.
     del doctor.recipe["tasks"][2]["labels"]
     report = doctor.look()
-    assert complaints(report) == {("labels", "topic"), ("setup", "")} and "none of the task's own" in the(
-        report, "labels"
-    ).message
+    assert (
+        complaints(report) == {("labels", "topic"), ("setup", "")}
+        and "none of the task's own" in the(report, "labels").message
+    )
     assert "label 'sport'" in the(report, "setup").message and "trial" not in report.sections
 
 
@@ -279,7 +280,7 @@ def test_streams_are_looked_at_by_their_first_rows(doctor):
 
 @pytest.mark.parametrize("sharing", ["conditioned", "prefix", "soft", "adapter", "mixture_of_experts"])
 def test_every_sharing_scheme_is_looked_at(doctor, sharing):
-    options = {"prefix": {"prefix_length": 4}, "mixture_of_experts": {"num_experts": 2}}.get(sharing, {})
+    options = {"prefix": {"num_virtual_tokens": 4}, "mixture_of_experts": {"num_experts": 2}}.get(sharing, {})
     doctor.recipe["model"] = {"backbone": doctor.recipe["model"]["backbone"], "sharing": sharing, **options}
     report = doctor.look()
     assert {check for check, _ in complaints(report)} <= {"loss_rise"} and report.ok, report.text()

@@ -429,7 +429,7 @@ FIRST, SECOND, THIRD = [0.6, 0.3, 0.1], [0.0, 0.2, 0.8], [0.3, 0.4, 0.3]
 
 
 def train_on(changes: ShareChanges, moments: dict[int, tuple[int, list[float]]], workers: int = 0, **options):
-    """Return the batches as a loader hands them out; after some steps of training, shares change from a later one on."""
+    """Return the batches that a loader hands out; after some steps of training, shares change from a later one on."""
     accumulation = options.get("accumulation", 1)
     sampler = make_sampler(SIZES, lambda epoch: FIRST, changes=changes, **options)
     found, step = [], 0

@@ -13,10 +13,14 @@ from hf_multitask.models.heads import pool
 
 ROWS, LENGTH, WIDTH, CLASSES = 7, 5, 16, 3
 LABELS = ("a", "b", "c")
+# Those over the vocabulary are the backbone's own, and tested elsewhere.
+TYPES = [task_type for task_type in TaskType if not task_type.is_language]
+NAMELESS = (TaskType.QUESTION_ANSWERING, TaskType.MULTIPLE_CHOICE)
 
 
 def make(task_type: TaskType, **changes):
-    return make_head(Task("task", task_type, labels=LABELS, **changes), WIDTH, "mean", 0.1)
+    labels = None if task_type in NAMELESS else LABELS
+    return make_head(Task("task", task_type, labels=labels, **changes), WIDTH, "mean", 0.1)
 
 
 def batch(task_type: TaskType, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -27,7 +31,11 @@ def batch(task_type: TaskType, seed: int = 0) -> tuple[Tensor, Tensor]:
         labels[torch.rand(ROWS, LENGTH, generator=draw) < 0.4] = -100
         labels[3] = -100
         return torch.randn(ROWS, LENGTH, CLASSES, generator=draw) * 3, labels
+    if task_type is TaskType.QUESTION_ANSWERING:
+        return torch.randn(ROWS, LENGTH, 2, generator=draw) * 3, torch.randint(0, LENGTH, (ROWS, 2), generator=draw)
     logits = torch.randn(ROWS, CLASSES, generator=draw) * 3
+    if task_type is TaskType.MULTIPLE_CHOICE:
+        return logits, torch.randint(0, CLASSES, (ROWS,), generator=draw)
     if task_type is TaskType.SINGLE_LABEL_CLASSIFICATION:
         return logits, torch.tensor([0, 2, -100, 1, 1, -100, 0])
     if task_type is TaskType.MULTI_LABEL_CLASSIFICATION:
@@ -42,6 +50,9 @@ def item_losses(task_type: TaskType, logits: Tensor, labels: Tensor) -> list[flo
     if task_type is TaskType.MULTI_LABEL_CLASSIFICATION:
         p = torch.sigmoid(logits.double())
         return [-(labels * p.log() + (1 - labels) * (1 - p).log()).mean().item()]
+    if task_type is TaskType.QUESTION_ANSWERING:
+        places = zip(logits.double().T, labels, strict=True)
+        return [sum(-F.log_softmax(own, -1)[place].item() for own, place in places) / 2]
     pairs = zip(logits.reshape(-1, CLASSES), labels.reshape(-1), strict=True)
     return [-F.log_softmax(own.double(), -1)[label].item() for own, label in pairs if label != -100]
 
@@ -51,7 +62,7 @@ def test_every_type_has_a_head():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("task_type", TaskType)
+@pytest.mark.parametrize("task_type", TYPES)
 def test_row_losses_are_sums_of_item_losses(task_type, seed):
     head, (logits, labels) = make(task_type), batch(task_type, seed)
     expected = [item_losses(task_type, *row) for row in zip(logits, labels, strict=True)]
@@ -75,7 +86,7 @@ def test_losses_are_torchs_means_times_their_items():
 
 
 @pytest.mark.parametrize("cuts", [[7], [3, 4], [1, 1, 5], [1] * 7])
-@pytest.mark.parametrize("task_type", TaskType)
+@pytest.mark.parametrize("task_type", TYPES)
 def test_parts_of_a_batch_add_up_to_the_whole(task_type, cuts):
     head, (logits, labels) = make(task_type), batch(task_type)
     parts = [
@@ -111,7 +122,7 @@ def test_label_smoothing_is_for_training_only(task_type):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("task_type", TaskType)
+@pytest.mark.parametrize("task_type", TYPES)
 def test_losses_of_short_floats_are_computed_in_float32(task_type, dtype):
     head, (logits, labels) = make(task_type), batch(task_type)
     found = head.row_losses(logits.to(dtype), labels)
@@ -127,18 +138,25 @@ def test_labels_of_tokens_may_stop_before_the_logits():
 # ---- the layers ----
 
 
-@pytest.mark.parametrize("task_type", TaskType)
+@pytest.mark.parametrize("task_type", TYPES)
 def test_logits_are_one_per_label_of_each_row_or_token(task_type):
     hidden = torch.randn(ROWS, LENGTH, WIDTH)
-    tokens = task_type is TaskType.TOKEN_CLASSIFICATION
     logits = make(task_type)(hidden, torch.ones(ROWS, LENGTH, dtype=torch.long))
-    assert logits.shape == ((ROWS, LENGTH, CLASSES) if tokens else (ROWS, CLASSES))
+    shapes = {
+        TaskType.TOKEN_CLASSIFICATION: (ROWS, LENGTH, CLASSES),
+        TaskType.QUESTION_ANSWERING: (ROWS, LENGTH, 2),
+        TaskType.MULTIPLE_CHOICE: (ROWS, 1),
+    }
+    assert logits.shape == shapes.get(task_type, (ROWS, CLASSES))
 
 
-@pytest.mark.parametrize("task_type", TaskType)
+@pytest.mark.parametrize("task_type", TYPES)
 def test_a_head_is_the_layers_that_the_task_names(task_type):
     hidden, mask = torch.randn(ROWS, LENGTH, WIDTH), torch.tensor([[1, 1, 1, 0, 0]] * ROWS)
-    vectors = hidden if task_type is TaskType.TOKEN_CLASSIFICATION else hidden[:, :3].mean(1)
+    by_token = task_type in (TaskType.TOKEN_CLASSIFICATION, TaskType.QUESTION_ANSWERING)
+    vectors = hidden if by_token else hidden[:, :3].mean(1)
+    if task_type is TaskType.QUESTION_ANSWERING:
+        mask = None  # what it gives at padding is no output of the layers
     linear = make(task_type, head="linear").eval()
     (layer,) = (module for module in linear.modules() if isinstance(module, nn.Linear))
     torch.testing.assert_close(linear(hidden, mask), vectors @ layer.weight.T + layer.bias)

@@ -18,6 +18,11 @@ NEEDED = {
     TaskType.MULTI_LABEL_CLASSIFICATION: {"labels": ("no", "yes")},
     TaskType.REGRESSION: {},
     TaskType.TOKEN_CLASSIFICATION: {"labels": ("O", "B-x")},
+    TaskType.QUESTION_ANSWERING: {},
+    TaskType.MULTIPLE_CHOICE: {},
+    TaskType.MASKED_LM: {},
+    TaskType.CAUSAL_LM: {},
+    TaskType.SEQ2SEQ_LM: {},
 }
 
 
@@ -75,6 +80,8 @@ def test_a_bad_name_is_refused(case):
         (TaskType.MULTI_LABEL_CLASSIFICATION, ("text",), "labels"),
         (TaskType.REGRESSION, ("text",), "label"),
         (TaskType.TOKEN_CLASSIFICATION, ("tokens",), "tags"),
+        (TaskType.QUESTION_ANSWERING, ("question", "context"), "answers"),
+        (TaskType.MULTIPLE_CHOICE, ("question",), "label"),
     ],
 )
 def test_defaults_follow_the_type(task_type, text_columns, label_column):
@@ -103,13 +110,17 @@ def test_a_type_may_be_its_name(task_type):
 def test_one_text_column_needs_no_list():
     assert make(text_columns="body").text_columns == ("body",)
     assert make(text_columns=["premise", "hypothesis"]).text_columns == ("premise", "hypothesis")
+    assert make(CHOICE).choice_columns == ("choices",) and make(CHOICE, choice_columns="ends").choice_columns == (
+        "ends",
+    )
 
 
 def test_outputs_are_one_per_label_or_value():
     assert make(labels=list("abcde")).num_outputs == 5
     assert make(TaskType.REGRESSION).num_outputs == 1
     assert make(TaskType.REGRESSION, labels=("valence", "arousal")).num_outputs == 2
-    assert [make(t).is_classification for t in TaskType] == [True, True, False, True]
+    assert make(TaskType.QUESTION_ANSWERING).num_outputs == 2 and make(TaskType.MULTIPLE_CHOICE).num_outputs == 1
+    assert {t for t in TaskType if not make(t).is_classification} == {TaskType.REGRESSION}
 
 
 def test_a_task_does_not_change():
@@ -140,6 +151,13 @@ def test_a_task_survives_a_configuration_file(task_type, full):
     changes = dict(FULL) if full else {}
     if full and task_type is TaskType.TOKEN_CLASSIFICATION:
         changes |= {"text_columns": ("a",), "label_smoothing": 0.1}
+    if full and task_type is TaskType.QUESTION_ANSWERING:
+        changes |= {"stride": 9, "max_answer_length": 5}
+    if full and task_type is TaskType.MULTIPLE_CHOICE:
+        changes |= {"choice_columns": ("c", "d")}
+    if full and task_type.is_language:
+        head = ("pooling", "head", "head_dropout")
+        changes = {key: value for key, value in changes.items() if key not in head} | {"label_column": None}
     task = make(task_type, **changes)
     values = task.to_dict()
     assert values.keys() == {field.name for field in fields(Task)}
@@ -167,7 +185,7 @@ def test_an_unknown_or_missing_key_is_named(values, message):
 
 # ---- values that do not fit ----
 
-SINGLE, MULTI, SCORE, TOKENS, *_ = TaskType
+SINGLE, MULTI, SCORE, TOKENS, ANSWERS, CHOICE, *_ = TaskType
 BAD = {
     "label a truth value": (
         SINGLE,
@@ -214,6 +232,37 @@ BAD = {
         {"text_columns": ("a", "b")},
         r"token_classification takes one text column, not a pair",
     ),
+    "answers with labels": (
+        ANSWERS,
+        {"labels": ("a", "b")},
+        r"question_answering has no labels; leave them out, the answers are in 'answers'",
+    ),
+    "answers without a context": (
+        ANSWERS,
+        {"text_columns": ("question",)},
+        r"question_answering takes two text columns, question and context, got \('question',\)",
+    ),
+    "stride negative": (ANSWERS, {"stride": -1}, r"stride must be a whole number of at least 0, got -1"),
+    "stride a fraction": (ANSWERS, {"stride": 0.5}, r"stride must be a whole number of at least 0, got 0.5"),
+    "answers of no length": (
+        ANSWERS,
+        {"max_answer_length": 0},
+        r"max_answer_length must be a whole number of at least 1, got 0",
+    ),
+    "stride of others": (SINGLE, {"stride": 64}, r"stride is for question_answering, not for single_label"),
+    "length of others": (
+        CHOICE,
+        {"max_answer_length": 9},
+        r"max_answer_length is for question_answering, not for mult",
+    ),
+    "choices of others": (ANSWERS, {"choice_columns": ("a",)}, r"choice_columns is for multiple_choice, not for quest"),
+    "choices with labels": (CHOICE, {"labels": ("a", "b")}, r"multiple_choice has no labels"),
+    "choices no names": (CHOICE, {"choice_columns": 3}, r"choice_columns must be a list of names, got 3"),
+    "choices numbers": (CHOICE, {"choice_columns": (1, 2)}, r"choice_columns must name one column of lists, or one"),
+    "choices twice": (CHOICE, {"choice_columns": ("a", "a")}, r"column 'a' cannot be a choice and something else"),
+    "choices the question": (CHOICE, {"choice_columns": "question"}, r"column 'question' cannot be a choice and"),
+    "choices the label": (CHOICE, {"choice_columns": ("a", "label")}, r"column 'label' cannot be a choice and"),
+    "smoothing of choices": (CHOICE, {"label_smoothing": 0.1}, r"label_smoothing is .* not for multiple_choice"),
     "dataset empty": (SINGLE, {"dataset": ""}, r"dataset must be a name, got ''"),
     "dataset no name": (SINGLE, {"dataset": 3}, r"dataset must be a name, got 3"),
 }

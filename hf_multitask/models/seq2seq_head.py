@@ -1,0 +1,146 @@
+"""The head of `seq2seq_lm`: the decoder of an encoder-decoder, which writes what belongs to the text that was read.
+
+Decoder and table of embeddings are the backbone's, so every such task trains them: they are shared parameters. The
+head is what Transformers' own `AutoModelForSeq2SeqLM` has beside them, which is no parameter at all in the families of
+T5 and BART. With every call it is put together with the backbone; nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .encoder_decoder import insert_backbone, places_of_backbone
+from .heads import IGNORE_INDEX
+from .language_head import LanguageHead, LanguageLayers
+from .native_head import shallow_copy
+from .task import Task
+
+__all__ = ["Seq2SeqHead", "Seq2SeqLayers"]
+
+
+class Seq2SeqLayers(LanguageLayers):
+    """Transformers' own model over an encoder-decoder, without all that the backbone has."""
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        super()._prepare(model)
+        family = f"seq2seq_lm on {model.config.model_type!r}"
+        places = places_of_backbone(model)
+        if self.vocabulary_path.split(".")[0] in places:
+            raise ValueError(f"{family}: {type(model).__name__} keeps what it predicts with in its decoder")
+        for place in places:
+            setattr(model, place, None)
+        if own := [name for name, _ in model.named_parameters()]:
+            raise ValueError(f"{family}: {type(model).__name__} has parameters beside its decoder: {', '.join(own)}")
+        if not any(True for _ in model.buffers()):
+            model._is_hf_initialized = True  # type: ignore[assignment]  # families look for the table in here
+        try:
+            _shift(model, torch.full((1, 2), IGNORE_INDEX))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{family}: the configuration does not say which token a text begins with; set "
+                f"decoder_start_token_id and pad_token_id ({error})"
+            ) from None
+
+    def _replace_backbone(self, model: PreTrainedModel) -> None:
+        """Leave the places empty: the whole backbone comes with each call."""
+
+    def _fill(self, model: PreTrainedModel) -> None:
+        super()._fill(model)
+        for buffer in model.buffers():  # a bias of the logits, in BART's family
+            buffer.zero_()
+
+    def resize(self, size: int) -> None:
+        """Make the bias of the logits fit a vocabulary of another size."""
+        super().resize(size)
+        fit = getattr(self.native, "_resize_final_logits_bias", None)
+        if callable(fit):
+            fit(size)
+
+    def over(self, backbone: PreTrainedModel, table: Tensor) -> PreTrainedModel:
+        """Return Transformers' own model with a backbone, and with the table `[V, E]` that it predicts with."""
+        model = shallow_copy(cast(PreTrainedModel, self.native))
+        insert_backbone(model, backbone)
+        holder: Any = model
+        *outer, name = self.vocabulary_path.split(".")
+        for part in outer:
+            holder._modules[part] = shallow_copy(holder._modules[part])
+            holder = holder._modules[part]
+        vocabulary = shallow_copy(self.vocabulary)
+        vocabulary.table = (table,)
+        holder._modules[name] = vocabulary
+        return model
+
+    def decode(
+        self, hidden: Tensor, attention_mask: Tensor | None, table: Tensor, backbone: PreTrainedModel, labels: Tensor
+    ) -> Tensor:
+        """Return the logits, `[rows, K, V]`, of labels `[rows, K]`, each from those before it."""
+        model: Any = self.over(backbone, table)
+        return model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),  # type: ignore[arg-type]
+            attention_mask=attention_mask,
+            decoder_input_ids=_shift(model, labels),
+            use_cache=False,
+            return_dict=True,
+        ).logits
+
+
+class Seq2SeqHead(LanguageHead):
+    """The next token of a target, from those before it and from the text that the encoder read.
+
+    Labels are `[rows, K]`, int64, the tokens of the targets, -100 behind their end; logits are `[rows, K, V]`.
+    """
+
+    layers: Seq2SeqLayers
+    layers_type = Seq2SeqLayers
+
+    @staticmethod
+    def check(task: Task, backbone_config: PreTrainedConfig) -> None:
+        """Raise ValueError for a backbone without a decoder of its own."""
+        if not backbone_config.is_encoder_decoder:
+            raise ValueError(
+                f"task {task.name!r}: seq2seq_lm needs an encoder-decoder, such as T5 or BART; "
+                f"{backbone_config.model_type!r} is none, use causal_lm with a decoder"
+            )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        table: Tensor,
+        backbone: PreTrainedModel,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits over the vocabulary.
+
+        Args:
+            hidden: `[rows, L, H]`, of the encoder.
+            attention_mask: `[rows, L]`, 1 for real tokens; None if all are.
+            table: `[V, E]`, the embeddings of the vocabulary.
+            backbone: The encoder-decoder.
+            labels: `[rows, K]`, the tokens of the targets; None for one token, which is the same for all.
+
+        Returns:
+            `[rows, K, V]`.
+        """
+        if labels is None:
+            labels = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
+        return self.layers.decode(hidden, attention_mask, table, backbone, labels)
+
+
+def _shift(model: Any, labels: Tensor) -> Tensor:
+    """Return what a decoder is told: the labels one place to the right, behind the token that every text begins with.
+
+    Raises:
+        TypeError, ValueError: The configuration lacks that token, or the one for padding.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if callable(shift):
+        return shift(labels=labels)
+    shifted = labels.roll(1, -1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == IGNORE_INDEX, model.config.pad_token_id)
