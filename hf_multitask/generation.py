@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -23,9 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .data.dataset import MultiTaskDataset
 from .data.prompt_rows import ANSWER, target_tokens
+from .data.seq2seq_rows import answer_ids
 from .data.sources import label_key
+from .models.backbone import usable_positions
 from .models.base import MultiTaskModel
-from .models.task import Task
+from .models.task import Task, TaskType
 
 __all__ = ["GenerationEvaluator", "check_generation"]
 
@@ -88,23 +91,41 @@ class GenerationEvaluator:
         self.rows_per_batch = rows_per_batch
         self._rank = process_index, num_processes
         self._key = label_key(task.name)
+        # Whether prompt and target are texts of their own, for an encoder and a decoder.
+        self._reads_apart = task.type is TaskType.SEQ2SEQ_LM
 
     # ---- closed sets ----
 
     def label_accuracy(self, dataset: MultiTaskDataset) -> float:
         """Return the share of rows whose target is the likeliest of the task's labels; a collective call."""
-        candidates = target_tokens(self.task, self.tokenizer)
-        right: list[bool] = []
+        scores = self.label_scores(dataset)
+        answers = [int(row[ANSWER]) for row in _rows(dataset)]
+        return _mean([int(np.argmax(row)) == answer for row, answer in zip(scores, answers, strict=True)])
+
+    def label_scores(self, dataset: MultiTaskDataset) -> list[list[float]]:
+        """Return for each row the log-likelihood of each of the task's labels; a collective call."""
+        candidates = self._candidates()
+        scores: list[list[float]] = []
         for rows in self._batches(dataset, max(self.rows_per_batch // len(candidates[0]), 1)):
             pairs = []
             for row in rows:
-                prompt, target = self._split(row)
-                own = next((c for c in candidates if c[row[ANSWER]] == target), candidates[0])
-                pairs += [{**row, "input_ids": prompt + tokens, self._key: len(prompt)} for tokens in own]
-            losses = self._losses(pairs).view(len(rows), -1)
-            best = losses.argmin(-1).tolist()
-            right += [guess == row[ANSWER] for guess, row in zip(best, rows, strict=True)]
-        return _mean(self._gather(right))
+                prompt, _ = self._split(row)
+                spaced = len(candidates) > 1 and self.tokenizer.decode(prompt[-1:])[-1:].isspace()
+                pairs += [self._join(row, prompt, tokens) for tokens in candidates[int(spaced)]]
+            scores += (-self._losses(pairs)).view(len(rows), -1).tolist()
+        return self._gather(scores)
+
+    def _candidates(self) -> list[list[list[int]]]:
+        """Return the tokens of every label: for each way in which a prompt may end, one list per label."""
+        if self._reads_apart:
+            return [[answer_ids(self.tokenizer, label) for label in self.task.labels or ()]]
+        return target_tokens(self.task, self.tokenizer)
+
+    def _join(self, row: Mapping[str, Any], prompt: list[int], target: list[int]) -> dict[str, Any]:
+        """Return a prepared row with another target."""
+        if self._reads_apart:
+            return {**row, self._key: target}
+        return {**row, "input_ids": prompt + target, self._key: len(prompt)}
 
     @torch.no_grad()
     def _losses(self, rows: Sequence[dict[str, Any]]) -> Tensor:
@@ -115,7 +136,7 @@ class GenerationEvaluator:
             key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()
         }
         for key in ("labels", "label_positions"):
-            inputs[key] = {name: value.to(device) for name, value in inputs[key].items()}
+            inputs[key] = {name: value.to(device) for name, value in inputs.get(key, {}).items()}
         for counted in ("num_items", "num_tokens"):
             inputs.pop(counted, None)
         return self.model(**inputs).row_losses[self.task.name].float()
@@ -124,7 +145,8 @@ class GenerationEvaluator:
 
     def has_targets(self, dataset: MultiTaskDataset) -> bool:
         """Return whether rows have a prompt and a target, rather than a text that is predicted as a whole."""
-        return dataset[0].get(self._key, 0) > 1
+        row = dataset[0]
+        return self._key in row and (self._reads_apart or row[self._key] > 1)
 
     def write(self, dataset: MultiTaskDataset, **options: Any) -> list[list[int]]:
         """Return the tokens that the model writes behind the prompt of each row; a collective call.
@@ -135,37 +157,46 @@ class GenerationEvaluator:
         """
         wanted = {**(self.task.generation or {}), **options}
         if not {"max_new_tokens", "max_length"} & set(wanted):
-            options["max_new_tokens"] = max([len(target) for _, target in map(self._split, _rows(dataset))] + [1])
-            if options["max_new_tokens"] == 1 and self._key not in dataset[0]:
-                options["max_new_tokens"] = _NEW_TOKENS
+            parts = [self._split(row) for row in _rows(dataset)]
+            if self._key in dataset[0]:
+                options["max_new_tokens"] = max([len(target) for _, target in parts] + [1])
+            else:
+                longest, positions = max(len(prompt) for prompt, _ in parts), usable_positions(self.model)
+                room = _NEW_TOKENS if positions is None else positions - self.model.reserved_positions - longest
+                options["max_new_tokens"] = max(min(_NEW_TOKENS, room), 1)
         if "pad_token_id" not in wanted:
             options["pad_token_id"] = self.tokenizer.pad_token_id
         written: list[list[int]] = []
         for rows in self._batches(dataset, self.rows_per_batch):
             prompts = [self._split(row)[0] for row in rows]
-            padded = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+            side = "right" if self._reads_apart else "left"
+            padded = self.tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
             inputs = {key: padded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
             found = self.model.generate(**inputs, task=self.task.name, **options)
-            written += found[:, inputs["input_ids"].shape[1] :].tolist()
+            # What an encoder read does not come back, but the token that every text begins with.
+            written += found[:, 1 if self._reads_apart else inputs["input_ids"].shape[1] :].tolist()
         return self._gather(written)
 
     def text_metrics(self, dataset: MultiTaskDataset, written: Sequence[Sequence[int]]) -> dict[str, float]:
         """Return `exact_match` and `rouge_l` of what was written for the rows of a dataset."""
         rouge = _rouge()
-        texts = [self._text(tokens) for tokens in written]
-        targets = [self._text(self._split(row)[1]) for row in _rows(dataset)]
+        texts = [self.text(tokens) for tokens in written]
+        targets = [self.text(self._split(row)[1]) for row in _rows(dataset)]
         pairs = list(zip(targets, texts, strict=True))
         return {
             "exact_match": _mean([" ".join(target.split()) == " ".join(text.split()) for target, text in pairs]),
             "rouge_l": _mean([rouge(target, text) for target, text in pairs]),
         }
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return written tokens as text, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def _split(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Return prompt and target of a prepared row; without a target the prompt is all there is."""
         ids = list(map(int, row["input_ids"]))
+        if self._reads_apart:
+            return ids, list(map(int, row.get(self._key, ())))
         start = row.get(self._key, len(ids))
         return ids[:start], ids[start:]
 

@@ -9,8 +9,8 @@
 | `question_answering` | `f1` of words and `exact_match`, per question (see [`hf_multitask.answer_metrics`]) |
 | `multiple_choice` | `accuracy` |
 | `masked_lm` | `accuracy` of hidden tokens, `perplexity` |
-| `causal_lm` | `accuracy` of tokens, `perplexity`; `label_accuracy` (first) where the targets are a closed set; \
-`exact_match` and `rouge_l` with `predict_with_generate` (see [`hf_multitask.generation`]) |
+| `causal_lm`, `seq2seq_lm` | `accuracy` of tokens, `perplexity`; `label_accuracy` (first) where the targets are a \
+closed set; `exact_match` and `rouge_l` with `predict_with_generate` (see [`hf_multitask.generation`]) |
 
 `Task(metric=...)` makes another of them the primary one.
 """
@@ -38,13 +38,14 @@ _NAMES: dict[TaskType, tuple[str, ...]] = {
     TaskType.MULTIPLE_CHOICE: ("accuracy",),
     TaskType.MASKED_LM: ("accuracy", "perplexity"),
     TaskType.CAUSAL_LM: ("accuracy", "perplexity", "exact_match", "rouge_l"),
+    TaskType.SEQ2SEQ_LM: ("accuracy", "perplexity", "exact_match", "rouge_l"),
 }
 _LOWER_IS_BETTER = ("loss", "mse", "mae", "rmse", "error", "perplexity")
 
 
 def default_metric_names(task: Task) -> tuple[str, ...]:
     """Return the names of the metrics computed for a task by default."""
-    if task.type is TaskType.CAUSAL_LM and task.labels:
+    if task.type.generates and task.labels:
         return ("label_accuracy", *_NAMES[task.type])
     binary = task.type is TaskType.SINGLE_LABEL_CLASSIFICATION and task.num_outputs == 2
     return (*_NAMES[task.type], "f1") if binary else _NAMES[task.type]
@@ -215,6 +216,7 @@ _FUNCTIONS: dict[TaskType, Callable[[Task, np.ndarray, np.ndarray], dict[str, fl
     TaskType.MULTIPLE_CHOICE: _choices,
     TaskType.MASKED_LM: _language,
     TaskType.CAUSAL_LM: _language,
+    TaskType.SEQ2SEQ_LM: _language,
 }
 
 

@@ -10,6 +10,7 @@ A [`Predictor`] is what `hf-multitask predict` runs. Answers by task type:
 | `token_classification` | entities `[{"label", "text", "start", "end", "score"}, ...]` |
 | `question_answering` | `{"answer", "start", "end", "score"}`; an empty answer from 0 to 0 where there is none |
 | `multiple_choice` | `{"label", "choice", "score"}`, the number of the choice and its text |
+| `causal_lm`, `seq2seq_lm` | `{"text"}`, what is written; `{"label", "score"}` where targets are a closed set |
 
 Scores are probabilities in [0, 1], an entity's is that of its least certain word; `start` and `end` count characters
 of the text (words, for input that is a list of words). Where tags are no BIO scheme, every word is listed.
@@ -31,6 +32,7 @@ from .models.base import MultiTaskModel
 from .models.passes import Segment
 from .models.task import Task, TaskType, closest
 from .row_prediction import predict_rows, reads_own_rows
+from .text_prediction import predict_texts
 
 __all__ = ["Predictor"]
 
@@ -108,7 +110,8 @@ class Predictor:
             for (names, length, *_), (places, inputs) in passes.items():
                 if reads_own_rows(task := self.tasks[names[0]]):
                     numbers = [start + place for place in places]
-                    own = predict_rows(self.model, self.tokenizer, task, inputs, numbers, length, batch_size)
+                    answer_rows = predict_texts if task.type.generates else predict_rows
+                    own = answer_rows(self.model, self.tokenizer, task, inputs, numbers, length, batch_size)
                     found = [{task.name: answer} for answer in own]
                 else:
                     found = self._predict(inputs, [self.tasks[name] for name in names], length)
@@ -164,6 +167,8 @@ class Predictor:
                 row = (*row, text[choices[0]] if len(choices) == 1 else [text[c] for c in choices])
             for part in row:
                 words = isinstance(part, list) and all(isinstance(word, str) for word in part)
+                if self.tasks[names[0]].type.generates:  # chat messages, too
+                    words = words or (isinstance(part, list) and all(isinstance(one, dict) for one in part))
                 if not (isinstance(part, str) or words) or not part or (isinstance(part, str) and not part.strip()):
                     raise ValueError(f"input {number} is {part!r}; a text must be a non-empty string or list of words")
             readings.append((tuple(names), length, row))

@@ -26,8 +26,8 @@ __all__ = ["predict_rows", "reads_own_rows"]
 
 
 def reads_own_rows(task: Task) -> bool:
-    """Return whether the answers of a task come from here."""
-    return task.type in (TaskType.QUESTION_ANSWERING, TaskType.MULTIPLE_CHOICE)
+    """Return whether a task makes rows of its own of a text."""
+    return task.type in (TaskType.QUESTION_ANSWERING, TaskType.MULTIPLE_CHOICE) or task.type.generates
 
 
 def predict_rows(
@@ -101,6 +101,6 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _choose(choices: Sequence[str], scores: Tensor) -> dict[str, Any]:
-    """Return the likeliest of some choices; there may be more scores than choices, for those of other rows."""
-    probability, best = scores[: len(choices)].softmax(-1).max(-1)
+    """Return the likeliest of some choices; of scores there may be more, the lowest there are, for other rows."""
+    probability, best = scores.softmax(-1).max(-1)
     return {"label": int(best), "choice": choices[int(best)], "score": round(float(probability), 4)}

@@ -50,7 +50,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `dataset_sizes`: rows of streamed datasets (`IterableDataset`) by name, as a dictionary; for those that do not
       know it themselves. They set shares and the length of an epoch, and need not be exact.
 
-    What generating tasks (`causal_lm`) are evaluated by:
+    What generating tasks (`causal_lm`, `seq2seq_lm`) are evaluated by:
 
     - `predict_with_generate`: write text for every row, and compare it with the target (`exact_match`, `rouge_l`);
       without it, and beside it, the likelihood of the targets counts (see [`hf_multitask.generation`]).

@@ -34,6 +34,7 @@ FLOORS = {
     "evaluation": 2,
     "generation": 2,
     "target_evaluation": 2,
+    "text_prediction": 2,
     "gap_sampling": 2,
     "guarded_step": 2,
     "loading": 2,

@@ -55,16 +55,16 @@ def cache_features(model: MultiTaskModel, batches: Iterable[Mapping[str, Any]]) 
             model(**move_to(model.device, {key: value for key, value in batch.items() if key != "labels"}))
         for name, labels in batch["labels"].items():
             room = _MOST_ITEMS - counts.get(name, 0)
-            features, targets = _items(name, cast(TaskHead, model.heads[name]), *seen[name], labels)
+            features, targets = _items(name, cast(TaskHead, model.heads[name]), labels, *seen[name])
             kept.setdefault(name, []).append((features[:room].float().cpu(), targets[:room]))
             counts[name] = counts.get(name, 0) + len(kept[name][-1][0])
     return {name: (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])) for name, parts in kept.items()}
 
 
 @contextmanager
-def _inputs_of_heads(model: MultiTaskModel) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
+def _inputs_of_heads(model: MultiTaskModel) -> Iterator[dict[str, tuple[Any, ...]]]:
     """Note with what the heads are called: that is the same for every sharing scheme."""
-    seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+    seen: dict[str, tuple[Any, ...]] = {}
     handles = [
         head.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs}))
         for name, head in model.heads.items()
@@ -76,12 +76,12 @@ def _inputs_of_heads(model: MultiTaskModel) -> Iterator[dict[str, tuple[Tensor, 
             handle.remove()
 
 
-def _items(name: str, head: TaskHead, hidden: Tensor, mask: Tensor | None, labels: Tensor) -> Features:
+def _items(name: str, head: TaskHead, labels: Tensor, hidden: Tensor, mask: Tensor | None, *others: Any) -> Features:
     """Return `[N, H]` and the labels of N items: rows, or labelled tokens."""
     native = isinstance(head.layers, NativeLayers)
     if type(head).forward is TaskHead.forward and not native:
         return pool(hidden, mask, head.pooling), labels
-    if isinstance(head, TokenHead) and not native:
+    if type(head).forward is TokenHead.forward and not native:
         labelled = labels != IGNORE_INDEX
         # Labels `[N, 1]`: each token as a text of its own.
         return hidden[:, : labels.shape[1]][labelled.to(hidden.device)], labels[labelled].unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -35,11 +36,12 @@ EFFORTS = (
     Effort(8, 16, 512, 200),
     Effort(6, 16, 512, 200),
     Effort(6, 8, 512, 200),
-    Effort(4, 8, 256, 200),
-    Effort(3, 8, 128, 100),
+    Effort(5, 8, 256, 200),
+    Effort(4, 8, 128, 100),
 )
 """From the most to the least that says anything: the fewer rows, the wider the intervals, and they are shown."""
 
+_ERROR = 0.05  # chance that the interval of any pair misses
 _BACKWARD = 2.5  # what a backward pass costs, in forward passes
 
 
@@ -67,6 +69,8 @@ def measure_conflicts(
 ) -> GradientConflicts | str:
     """Return the conflicts between tasks, or why they cannot be measured.
 
+    The intervals hold for all pairs together (Bonferroni): with many tasks some pair would look bad by chance.
+
     Args:
         model: The model.
         rows: Prepared training rows.
@@ -84,6 +88,7 @@ def measure_conflicts(
             batch_size=effort.batch_size,
             head_warmup_steps=effort.warmup_steps,
             head_warmup_rows=effort.warmup_rows,
+            confidence=1 - _ERROR / math.comb(len(model.tasks), 2),
             max_length=max_length,
             seed=seed,
         )

@@ -148,7 +148,7 @@ def _conflict(result: Mapping[str, Any]) -> _Block:
     agreement = zip(result["tasks"], result["reproducibility"], strict=True)
     lines = [
         f"{result['batches']} batches of {settings['batch_size']} rows of each dataset, heads fitted for "
-        f"{settings['head_warmup_steps']} steps; ? the interval crosses a threshold",
+        f"{settings['head_warmup_steps']} steps; intervals hold for all pairs together; ? crosses a threshold",
         "agreement of batches: " + ", ".join(f"{task} {value:.2f}" for task, value in agreement),
     ]
     return _Block("conflict of gradients", rows, frozenset({2}), lines)

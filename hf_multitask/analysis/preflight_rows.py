@@ -111,6 +111,7 @@ def read_split(
         rows, complete = rows.select(range(most)), False
     columns = rows.features
     texts = [name for name in source.text_columns if name in columns] or [c for c in ("input_ids",) if c in columns]
+    texts += [name for name in source.tasks[0].choice_columns or () if name in columns]
     if not texts or not len(rows):
         return None
     readers = {task: reader for task in source.tasks if (reader := _label_reader(task, columns))}
@@ -225,10 +226,12 @@ def read_lengths(
     lengths: list[int] = []
     try:
         encoder = make_row_encoder(some.features, whole, tokenizer, _NO_LIMIT, None)
+        if not encoder.keeps_rows:
+            return facts  # long texts are read in several windows: nothing is cut
         for start in range(0, len(some), 500):
             batch = some[start : start + 500]
             encoded = encoder(batch, list(range(start, start + len(next(iter(batch.values()))))))
-            lengths += [len(ids) for ids in encoded["input_ids"]]
+            lengths += encoder.lengths(encoded)
     except ValueError:
         return facts  # the trainer refuses this row too, and says which
     return replace(facts, lengths=np.array(lengths), max_length=limit)

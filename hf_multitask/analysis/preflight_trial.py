@@ -29,7 +29,7 @@ __all__ = ["LossChange", "Trial", "run_trial", "time_findings", "trial_findings"
 
 FEWEST_STEPS = 3
 _FEWEST_TO_JUDGE = 10
-_CONFIDENCE = 0.95
+_CONFIDENCE = 0.99  # there are several tasks
 
 
 @dataclass(frozen=True)

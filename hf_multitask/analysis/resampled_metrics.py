@@ -236,4 +236,5 @@ _BUILDERS: dict[TaskType, Callable[[Task, str, np.ndarray, np.ndarray], CountedM
     TaskType.TOKEN_CLASSIFICATION: _token_labels,
     TaskType.MASKED_LM: _language,
     TaskType.CAUSAL_LM: _language,
+    TaskType.SEQ2SEQ_LM: _language,
 }

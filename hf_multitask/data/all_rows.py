@@ -9,6 +9,7 @@ from ..models.task import TaskType
 from .choice_rows import ChoiceRows
 from .prompt_rows import PromptRows
 from .row_encoding import RowEncoder, TextRows, TokenizedRows
+from .seq2seq_rows import Seq2SeqRows
 from .sources import Source
 from .span_rows import SpanRows
 
@@ -27,6 +28,8 @@ def make_row_encoder(
     max_length = source.tasks[0].max_length or max_length
     if source.tasks[0].type is TaskType.CAUSAL_LM:
         return PromptRows(features, source, labels, max_length, tokenizer, seed)
+    if source.tasks[0].type is TaskType.SEQ2SEQ_LM:
+        return Seq2SeqRows(features, source, labels, max_length, tokenizer, seed)
     if source.tasks[0].type is TaskType.QUESTION_ANSWERING:
         return SpanRows(features, source, labels, max_length, tokenizer)
     if source.tasks[0].type is TaskType.MULTIPLE_CHOICE:

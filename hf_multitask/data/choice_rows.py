@@ -67,6 +67,10 @@ class ChoiceRows(RowEncoder):
         """Columns and types of prepared rows."""
         return Features({**super().features, LENGTHS: List(Value("int32"))})
 
+    def lengths(self, encoded: Mapping[str, list]) -> list[int]:
+        """Return the tokens of the longest pair of each row."""
+        return [max(lengths) for lengths in encoded[LENGTHS]]
+
     def _make_encoder(self, task: Any, column: str, columns: Features) -> Any:
         feature = columns[column]
         whole = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))

@@ -54,8 +54,9 @@ class DataCollatorForMultiTask:
 
     Each row of a `multiple_choice` task becomes a row of the batch for each choice; `label_positions` says which belong
     together. Tasks over the vocabulary have labels `[rows, K]` and, there, where each is predicted (see the model's
-    `forward`). With packing, their rows stand together in long sequences: then the batch holds `position_ids`,
-    which begin anew with each row, and `packed` is True.
+    `forward`; not for `seq2seq_lm`, whose labels are texts of their own). With packing, rows of `causal_lm` stand
+    together in long sequences: then the batch holds `position_ids`, which begin anew with each row, and `packed` is
+    True.
 
     Args:
         tokenizer: Gives the padding ids (which are not 0 for every tokenizer).
@@ -165,7 +166,8 @@ def _group_expanded(
             continue
         name = part.plan.tasks[0][0]
         values, places = part.expanded.arrays(length)
-        positions[name] = torch.from_numpy(places)
+        if places is not None:
+            positions[name] = torch.from_numpy(places)
         if values is not None:
             labels[name], num_items[name] = torch.from_numpy(values), part.expanded.num_items
     return positions

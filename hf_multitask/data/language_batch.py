@@ -1,7 +1,8 @@
 """Rows of tasks over the vocabulary → what the model reads, and which tokens it is to predict where.
 
 What is predicted differs by task (hidden tokens, or the tokens of a target), what the model is told does not: for each
-row, places in it and the token to predict at each.
+row, places in it and the token to predict at each. Only encoder-decoders, which do not read their targets, are told the
+tokens alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class LanguageRows:
     Args:
         sequences: What the model reads: the rows, or several of them in one, with `position_ids` that begin anew.
         sequence_of: For each row, the number of its sequence.
-        places: For each row, where in its sequence tokens are predicted.
+        places: For each row, where in its sequence tokens are predicted; none where targets are texts of their own.
         tokens: For each row, the tokens to predict there.
     """
 
@@ -43,13 +44,16 @@ class LanguageRows:
         """Number of tokens that are predicted."""
         return sum(map(len, self.tokens))
 
-    def arrays(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def arrays(self, length: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return labels and places, both `[rows, K]`; a place is `sequence * length + place`, labels end in -100."""
         width = max([len(tokens) for tokens in self.tokens] + [1])
         labels = np.full((len(self.tokens), width), IGNORE_INDEX, dtype=np.int64)
-        places = np.zeros_like(labels)
-        for row, (own, tokens, sequence) in enumerate(zip(self.places, self.tokens, self.sequence_of, strict=True)):
+        for row, tokens in enumerate(self.tokens):
             labels[row, : len(tokens)] = tokens
+        if not self.places:
+            return labels, None
+        places = np.zeros_like(labels)
+        for row, (own, sequence) in enumerate(zip(self.places, self.sequence_of, strict=True)):
             places[row, : len(own)] = sequence * length + own
         return labels, places
 
@@ -86,6 +90,9 @@ class LanguageTask:
         if self._key not in rows[0]:
             return batch
         for number, row in enumerate(rows):
+            if self.task.type is TaskType.SEQ2SEQ_LM:
+                batch.tokens.append(np.asarray(row[self._key]))
+                continue
             ids = np.asarray(row["input_ids"])
             if self._masking is not None:
                 generator = masking_generator(self.seed, self.task.name, *row.get("place", (0, number)))

@@ -21,16 +21,18 @@ import numpy as np
 from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..models.task import Task
+from ..models.task import Task, TaskType
 from .row_encoding import RowEncoder, tokenizer_key
 from .sources import Source, label_key
 
-__all__ = ["ANSWER", "PromptRows", "target_tokens"]
+__all__ = ["ANSWER", "MOST_CUT", "PromptRows", "target_tokens"]
 
 ANSWER = "answer"
 """Column of prepared rows with the number of the target among the task's labels, where they are a closed set."""
 
-_MOST_CUT = 0.01
+MOST_CUT = 0.01
+"""The largest share of rows whose targets may be cut."""
+
 _ATTEMPTS = 4  # a text that was cut may come out as another number of tokens
 
 
@@ -53,14 +55,17 @@ class PromptRows(RowEncoder):
             if column not in columns:
                 what = "prompt asks for a column" if self.task.prompt else "no text column"
                 raise ValueError(f"task {self.task.name!r}: {what} {column!r}; columns are {', '.join(columns)}")
-        super().__init__(columns, source, None if self.task.label_column is None else labels, max_length)
-        self.tokenizer, self.seed = tokenizer, seed
         self.messages = _is_chat(columns[self.task.text_columns[0]])
+        self.column: str | None = self.task.label_column  # of the targets
+        if self.messages and self.task.type is TaskType.SEQ2SEQ_LM and self.column not in columns:
+            self.column = None  # the last message is the target
+        super().__init__(columns, source, None if self.column is None else labels, max_length)
+        self.tokenizer, self.seed = tokenizer, seed
         self.names: list[str] | None = None
         self.with_target = self.messages and labels is not False
-        if self.task.label_column is not None:
-            self.with_target = labels is not False and self.task.label_column in columns
-            feature = columns.get(self.task.label_column)
+        if self.column is not None:
+            self.with_target = labels is not False and self.column in columns
+            feature = columns.get(self.column)
             self.names = feature.names if isinstance(feature, ClassLabel) else None
         elif not self.messages:
             self.with_target = labels is not False
@@ -78,7 +83,7 @@ class PromptRows(RowEncoder):
 
     @property
     def _has_prompt(self) -> bool:
-        return self.messages or self.task.label_column is not None
+        return self.messages or self.column is not None
 
     def key(self) -> list[Any]:
         """Return what the result depends on, besides the dataset."""
@@ -108,12 +113,13 @@ class PromptRows(RowEncoder):
                 if len(ids) < 2:
                     raise ValueError(f"row {row} of column {self.task.text_columns[0]!r} has no token to predict")
             else:
-                ids, start = self._join(self._shorten(prompt, target, values, row), target, row)
+                after = [] if target is None else target_ids(self.task.name, self.tokenizer, prompt, target)
+                ids, start = self._join(self._shorten(prompt, len(after), values, row), target, row)
             result["input_ids"].append(ids)
             if self.with_target:
                 result[label_key(self.task.name)].append(start)
                 if self.task.labels:
-                    result[ANSWER].append(self.task.labels.index(self._verbalize(values[self.task.label_column], row)))
+                    result[ANSWER].append(self.task.labels.index(self._verbalize(values[str(self.column)], row)))
         return result
 
     # ---- from a row to texts ----
@@ -130,9 +136,9 @@ class PromptRows(RowEncoder):
             prompt = "\n".join(_plain_text(values[column]) for column in task.text_columns)
         else:
             prompt = self._template(row).format(**{column: _plain_text(values[column]) for column in task.text_columns})
-        if task.label_column is None:
+        if self.column is None:
             return prompt, None
-        target = self._verbalize(values[task.label_column], row) if self.with_target else None
+        target = self._verbalize(values[self.column], row) if self.with_target else None
         return ([{"role": "user", "content": prompt}] if task.chat else prompt), target
 
     def _template(self, row: int) -> str:
@@ -161,7 +167,7 @@ class PromptRows(RowEncoder):
 
     def _verbalize(self, value: Any, row: int) -> str:
         """Return a target as text: a label's name for its id."""
-        column, labels = self.task.label_column, self.task.labels
+        column, labels = self.column, self.task.labels
         names = self.names or (list(labels) if labels else None)
         if isinstance(value, int) and not isinstance(value, bool) and names is not None and 0 <= value < len(names):
             value = names[value]
@@ -185,14 +191,16 @@ class PromptRows(RowEncoder):
         eos = self.tokenizer.eos_token_id
         return ids + [eos] if eos is not None and (not ids or ids[-1] != eos) else ids
 
-    def _shorten(self, prompt: Any, target: str | None, values: Mapping[str, Any], row: int) -> Any:
-        """Return a prompt that leaves room for its target, if it takes no more than the end of its longest column.
+    def _prompt_tokens(self, prompt: Any) -> list[int]:
+        return prompt_ids(self.tokenizer, prompt)
+
+    def _shorten(self, prompt: Any, behind: int, values: Mapping[str, Any], row: int) -> Any:
+        """Return a prompt that leaves room for tokens behind it, if that takes the end of its longest column only.
 
         The template's own words stay: they ask the question.
         """
-        after = [] if target is None else target_ids(self.task.name, self.tokenizer, prompt, target)
         for _ in range(_ATTEMPTS):
-            excess = len(prompt_ids(self.tokenizer, prompt)) + len(after) - self.max_length
+            excess = len(self._prompt_tokens(prompt)) + behind - self.max_length
             if excess <= 0 or self.messages:
                 break
             column = max(self.task.text_columns, key=lambda name: len(_plain_text(values[name])))
@@ -227,7 +235,7 @@ class PromptRows(RowEncoder):
         starts = rows.column(label_key(self.task.name)).to_numpy()
         # A cut target fills all that is left behind one token of its prompt.
         cut = int(((lengths == self.max_length) & (starts == 1)).sum())
-        if cut > _MOST_CUT * len(lengths):
+        if cut > MOST_CUT * len(lengths):
             raise ValueError(
                 f"task {self.task.name!r}: {cut} of {len(lengths)} targets do not fit into max_length="
                 f"{self.max_length} tokens and would be cut; raise max_length, or filter long targets out"

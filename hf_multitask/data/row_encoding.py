@@ -67,6 +67,10 @@ class RowEncoder:
     def _make_encoder(self, task: Task, column: str, columns: Features) -> LabelEncoder:
         return LabelEncoder(task, column, columns)
 
+    def lengths(self, encoded: Mapping[str, list]) -> list[int]:
+        """Return the tokens of each prepared row, of which as many as `max_length` can be read."""
+        return [len(ids) for ids in encoded["input_ids"]]
+
     def check(self, rows: Any) -> None:
         """Raise ValueError where a prepared table as a whole is of no use."""
 

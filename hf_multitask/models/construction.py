@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .all_heads import make_head
 from .backbone import align_memory, backbone_options, cast_parameters, default_pooling, load_backbone
@@ -24,6 +25,8 @@ from .task import Task, check_tasks, closest
 from .task_type import TaskType
 
 __all__ = ["ConstructedModel"]
+
+logger = logging.get_logger(__name__)
 
 _FOUND = ("generation", "untied_vocabulary")  # fields of the configuration that come with the backbone's checkpoint
 
@@ -94,6 +97,23 @@ class ConstructedModel(SharingScheme):
             >>> HardSharingModel.from_backbone(bert, [Task("score", "regression")]).tasks[0].name
             'score'
         """
+        made, lacking = cls.over_backbone(backbone, tasks, backbone_kwargs or {}, options)
+        if lacking:
+            source = backbone if isinstance(backbone, str) else type(backbone).__name__
+            logger.warning(
+                f"{source} comes without {', '.join(lacking)} of a language model's head: they start at random"
+            )
+        return made
+
+    @classmethod
+    def over_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        tasks: Iterable[Task | dict[str, Any]],
+        backbone_kwargs: dict[str, Any],
+        options: dict[str, Any],
+    ) -> tuple[Any, list[str]]:
+        """Return what [`from_backbone`] does, and what of heads over the vocabulary the backbone came without."""
         tasks = check_tasks(tasks)
         for option in options:
             if option not in cls.options():
@@ -105,10 +125,10 @@ class ConstructedModel(SharingScheme):
         kinds.sort(key=TaskType.SEQ2SEQ_LM.__ne__)  # first, as it takes other backbones
         parts = LanguageParts()
         if kinds:
-            model, parts = load_language_model(backbone, kinds[0], **(backbone_kwargs or {}))
+            model, parts = load_language_model(backbone, kinds[0], **backbone_kwargs)
         else:
             may = cls.supports_encoder_decoder
-            model = load_backbone(backbone, encoder_decoder=may, **(backbone_kwargs or {}))
+            model = load_backbone(backbone, encoder_decoder=may, **backbone_kwargs)
         config = cls.config_class(
             backbone_config=model.config,
             tasks=[task.to_dict() for task in tasks],
@@ -119,10 +139,10 @@ class ConstructedModel(SharingScheme):
             **cls.describe_backbone(backbone, model),
         )
         wrapped = cls(config, model)
-        wrapped._adopt_language(parts)
+        lacking = wrapped._adopt_language(parts)
         wrapped.config.dtype = model.dtype
         cast_parameters(wrapped, model.dtype)
-        return wrapped.eval()
+        return wrapped.eval(), lacking
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -157,16 +177,22 @@ class ConstructedModel(SharingScheme):
             self.freeze_backbone()
 
     @torch.no_grad()
-    def _adopt_language(self, parts: LanguageParts) -> None:
-        """Take over the pretrained weights of the heads over the vocabulary."""
-        for head in self.heads.values():
+    def _adopt_language(self, parts: LanguageParts) -> list[str]:
+        """Take over the pretrained weights of the heads over the vocabulary; return the names of what is not there."""
+        lacking: dict[str, None] = {}
+        for task in self.tasks:
+            head = self._head(task.name)
             if isinstance(head, LanguageHead):
                 own = head.layers.native.state_dict()
-                for name, value in parts.layers.items():
-                    if name in own:
-                        own[name].copy_(value)
+                for name, value in own.items():
+                    if name in parts.layers:
+                        value.copy_(parts.layers[name])
+                lacking |= dict.fromkeys(name for name in own if name not in parts.layers)
         if self.lm_head is not None and parts.table is not None:
             self.lm_head.weight.copy_(parts.table)
+        elif self.lm_head is not None:
+            lacking["lm_head.weight"] = None
+        return list(lacking)
 
     @classmethod
     def options(cls) -> list[str]:
@@ -189,6 +215,9 @@ class ConstructedModel(SharingScheme):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):  # of new tokens
+            std = getattr(self.config.get_text_config(), "initializer_range", self.config.initializer_range)
+            init.normal_(module.weight, mean=0.0, std=std)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embeddings."""
@@ -206,9 +235,16 @@ class ConstructedModel(SharingScheme):
         """Replace the table that tokens are predicted with."""
         self.lm_head = new_embeddings
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
         """Resize the embeddings as `PreTrainedModel` does, and what heads have for each token."""
-        resized = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        resized = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.lm_head is not None and self.lm_head.out_features != resized.num_embeddings:
+            trained = self.lm_head.weight.requires_grad
+            size = resized.num_embeddings
+            self.lm_head = self._get_resized_lm_head(self.lm_head, size, mean_resizing=mean_resizing)
+            self.lm_head.requires_grad_(trained)
         for head in self.heads.values():
             if isinstance(head, LanguageHead):
                 head.layers.resize(resized.num_embeddings)

@@ -44,7 +44,8 @@ def convert(model: MultiTaskModel, scheme: str, **options: Any) -> MultiTaskMode
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r} is not known{closest(scheme, SCHEMES)}; schemes are {', '.join(SCHEMES)}")
     common = {name: getattr(model.config, name) for name in _COMMON}
-    result = SCHEMES[scheme].from_backbone(model.merged_backbone(), model.tasks, **{**common, **options})
+    # Heads that the backbone comes without are copied below.
+    result, _ = SCHEMES[scheme].over_backbone(model.merged_backbone(), model.tasks, {}, {**common, **options})
     result.heads.load_state_dict(model.heads.state_dict())
     result.config.generation = model.config.generation
     if model.lm_head is not None:
@@ -108,7 +109,8 @@ def plain_model(model: MultiTaskModel, name: str) -> PreTrainedModel:
             output: Any = plain.get_output_embeddings()
             output.weight = nn.Parameter(output.weight.detach().clone())
         missing, unexpected = plain.load_state_dict(state | layers.native.state_dict(), strict=False)
-        if unexpected or set(missing) - set(plain._tied_weights_keys or ()) - set((plain._tied_weights_keys or {}).values()):
+        tied: Any = plain._tied_weights_keys or {}
+        if unexpected or set(missing) - set(tied) - set(tied.values()):
             raise ValueError(f"task {name!r}: {type(plain).__name__} has other weights: {missing}, {unexpected}")
         if model.config.generation is not None and plain.can_generate():
             plain.generation_config = GenerationConfig(**model.config.generation)

@@ -56,13 +56,22 @@ def as_backbone(model: PreTrainedModel) -> PreTrainedModel:
     return backbone.train(model.training)
 
 
+class _NoDecoder(nn.Module):
+    """Stands where a decoder was, and takes no embeddings."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Let the embeddings go."""
+
+
 def drop_decoder(backbone: PreTrainedModel) -> None:
-    """Take the decoder out of an encoder-decoder, where no task writes; nothing happens where it is gone already."""
+    """Take the decoder out of an encoder-decoder, where no task writes."""
     decoder = backbone.get_decoder()
-    name = next((name for name, module in backbone._modules.items() if module is decoder is not None), None)
-    if name is None:
-        return
-    setattr(backbone, name, None)
+    name = next(name for name, module in backbone._modules.items() if module is decoder)
+    setattr(backbone, name, _NoDecoder())
     tied: Any = backbone._tied_weights_keys
     if isinstance(tied, dict):
         tied = {a: b for a, b in tied.items() if not any(key.startswith(f"{name}.") for key in (a, b))}
@@ -74,4 +83,4 @@ def decoder_parameters(backbone: PreTrainedModel) -> list[nn.Parameter]:
     """Return the parameters of an encoder-decoder that texts go through only when they are written."""
     encoder, decoder, embeddings = backbone.get_encoder(), backbone.get_decoder(), backbone.get_input_embeddings()
     read = {id(parameter) for module in (encoder, embeddings) for parameter in module.parameters()}
-    return [] if decoder is None else [parameter for parameter in decoder.parameters() if id(parameter) not in read]
+    return [parameter for parameter in decoder.parameters() if id(parameter) not in read]

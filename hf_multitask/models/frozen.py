@@ -268,7 +268,7 @@ def _backbone_tensors(
     source = config.backbone_name if backbone is None else backbone
     if source is None:
         raise ValueError("the saved model has no backbone and names none; give from_pretrained(..., backbone=...)")
-    options = {} if isinstance(source, PreTrainedModel) else {"dtype": config.dtype}
+    options: dict[str, Any] = {} if isinstance(source, PreTrainedModel) else {"dtype": config.dtype}
     table = None
     if with_table:
         kind = next(task.type for task in config.get_tasks() if TaskType(task.type).is_language)

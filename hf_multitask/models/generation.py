@@ -84,7 +84,8 @@ def _over_task_backbone(model: SharingScheme, task: str, head: CausalLanguageHea
         raise ValueError(f"{type(native).__name__} keeps its vocabulary in {holder!r}, which generate is not made for")
     vocabulary = shallow_copy(head.layers.vocabulary)
     vocabulary.table = (model.vocabulary(task),)
-    vocabulary.weight = model.vocabulary(task)  # `generate` asks for the device and the dtype of a parameter
+    # `generate` asks for the device and the dtype of the first parameter, and there may be no other.
+    vocabulary.register_parameter("used", cast(nn.Parameter, model.vocabulary(task)))
     native._modules[name] = vocabulary
     native._modules[native.base_model_prefix] = TaskBackbone(model, task)
     native.train(False)

@@ -41,6 +41,13 @@ class Vocabulary(nn.Module):
         # In a tuple, or None: set as it is, the table would become a parameter of this module.
         self.table: tuple[Tensor] | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The table, which some families look at before they call this."""
+        if self.table is None:
+            raise AttributeError("weight")
+        return self.table[0]
+
     def reset_parameters(self) -> None:
         """Set the bias to 0."""
         if self.bias is not None:

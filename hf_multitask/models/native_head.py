@@ -83,6 +83,14 @@ def native_model(task: Task, backbone_config: PreTrainedConfig) -> PreTrainedMod
     return auto.from_config(native_config(task, backbone_config))
 
 
+class _HiddenOutput(BaseModelOutputWithPoolingAndCrossAttentions):
+    """What a backbone returns; of all that single families ask for beside it (`router_logits`, ...) there is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class GivenHidden(nn.Module):
     """Stands where the backbone was, and returns hidden states that were computed elsewhere."""
 
@@ -93,11 +101,16 @@ class GivenHidden(nn.Module):
             self.pooler = pooler
         self.hidden: Tensor | None = None
 
+    @property
+    def decoder(self) -> GivenHidden:
+        """The part of the backbone that some families call in its place."""
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Return the hidden states that were given."""
         hidden, self.hidden = cast(Tensor, self.hidden), None
         pooler = getattr(self, "pooler", None)
-        return BaseModelOutputWithPoolingAndCrossAttentions(
+        return _HiddenOutput(
             last_hidden_state=hidden,  # type: ignore[arg-type]
             pooler_output=pooler(hidden) if pooler is not None else None,
         )

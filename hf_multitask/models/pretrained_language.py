@@ -13,15 +13,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
 from .backbone import CONFIG_OPTIONS, adopt_backbone, load_backbone, load_quietly
 from .encoder_decoder import as_backbone, places_of_backbone
 from .task_type import TaskType
 
 __all__ = ["LanguageParts", "load_language_model"]
-
-logger = logging.get_logger(__name__)
 
 _AUTO: dict[TaskType, Any] = {
     TaskType.MASKED_LM: AutoModelForMaskedLM,
@@ -77,8 +74,6 @@ def load_language_model(
     prefix = "" if backbone is model else f"{model.base_model_prefix}."
     backbone = as_backbone(backbone) if writes else backbone
     adopt_backbone(backbone, str(source), {name.removeprefix(prefix) for name in fresh if name.startswith(prefix)})
-    if task_type is TaskType.MASKED_LM and not parts.layers:
-        logger.warning(f"{source} comes without a head for masked_lm: that of the task starts at random")
     return backbone, parts
 
 

@@ -250,7 +250,7 @@ class SharingScheme(PreTrainedModel, ABC):
         """Compile the backbone in place, with arguments of `torch.compile`."""
         parts = [self.backbone]
         if self.backbone.config.is_encoder_decoder:  # nothing calls it as a whole
-            parts = [part for part in (self.backbone.get_encoder(), self.backbone.get_decoder()) if part is not None]
+            parts = [self.backbone.get_encoder(), self.backbone.get_decoder()]
         for part in parts:
             part.compile(**options)
 

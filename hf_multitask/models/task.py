@@ -66,9 +66,9 @@ class Task:
         text_columns: One column, or two for pairs of texts (default: `text`, or `tokens` for
             `token_classification`; the columns in `prompt`, where there is one). A column may hold strings or lists
             of words; for `causal_lm` and `seq2seq_lm` also chat messages, dictionaries with `role` and `content`, the
-            last of which is the target. For `question_answering` the question and the context that holds the answer (default:
-            `question` and `context`); for `multiple_choice` what the choices are about (default: `question`), of two
-            columns the second stands in front of each choice.
+            last of which is the target. For `question_answering` the question and the context that holds the answer
+            (default: `question` and `context`); for `multiple_choice` what the choices are about (default:
+            `question`), of two columns the second stands in front of each choice.
         label_column: The column of the labels (default: `label`; `tags` for `token_classification`, `labels` for
             `multi_label_classification`). For `causal_lm` the column of the targets (default: `target` with a
             `prompt`; else None, and the whole text is predicted), for `seq2seq_lm` too (default: `target`; none with
@@ -92,7 +92,7 @@ class Task:
             (`"Is this good? {text}"`), or several, of which each row gets one, drawn by the seed.
         chat: For the same, put prompt and target into the tokenizer's chat template, as the user's message and the
             assistant's (for `seq2seq_lm` the prompt alone: the target is a text of its own).
-        held_out: For `causal_lm`, never train the task, but evaluate it: what training on the other tasks does for
+        held_out: For the same, never train the task, but evaluate it: what training on the other tasks does for
             tasks never seen. It counts in `eval_held_out_average`, and not in `eval_average`.
         generation: For the same, arguments of `generate` for evaluation and prediction (`max_new_tokens`, ...).
         mlm_probability: For `masked_lm`, the share of a row's tokens that are predicted, in (0, 1].

@@ -15,7 +15,7 @@ _GENERATING = (TaskType.CAUSAL_LM, TaskType.SEQ2SEQ_LM)
 _USED_BY: dict[str, tuple[Any, tuple[TaskType, ...]]] = {
     "prompt": (None, _GENERATING),
     "chat": (False, _GENERATING),
-    "held_out": (False, (TaskType.CAUSAL_LM,)),
+    "held_out": (False, _GENERATING),
     "generation": (None, _GENERATING),
     "mlm_probability": (0.15, (TaskType.MASKED_LM,)),
     "whole_words": (False, (TaskType.MASKED_LM,)),
