@@ -59,6 +59,7 @@ def single_task_scores(
         where, given = "comparison", _read_comparison(kwargs["comparison"], tasks, custom or {})
     if not isinstance(given, Mapping):
         raise ValueError(f"task_sampling_kwargs: scores must map tasks to numbers, got {given!r}")
+    tasks = [task for task in tasks if not task.held_out]  # what is never trained is never drawn
     by_task = {task.name: task for task in tasks}
     scores: dict[str, float] = {}
     for name, score in given.items():

@@ -260,7 +260,7 @@ def build(recipe: Recipe) -> RecipeParts:
 def _make_task(values: dict[str, Any], rows: Any) -> Task:
     from .data.labels import infer_labels
 
-    needed = "labels" not in values and values["type"] != "regression"
+    needed = "labels" not in values and values["type"] in [kind.value for kind in TaskType if kind.has_labels]
     if needed or values.get("labels") == "infer":
         # The name of the label column has a default, which the task knows best.
         column = values.get("label_column") or Task.from_dict({**values, "labels": ["a", "b"]}).label_column

@@ -22,7 +22,7 @@ from .balancing.scaled_passes import undo_scales
 from .best_metric import settle_best_metric
 from .checkpointing import MultiTaskCheckpoints
 from .data.collator import DataCollatorForMultiTask
-from .data.dataset import MultiTaskDataset, as_mapping, prepare_sources
+from .data.dataset import MultiTaskDataset, as_mapping, first_rows, prepare_sources
 from .data.preprocessing import check_held_out, check_packing, check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
 from .data.schedule import ShareChanges
@@ -112,6 +112,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
                 "num_proc": args.dataset_num_proc,
                 "seed": args.data_seed if args.data_seed is not None else args.seed,
             }
+            self._most_rows = args.max_eval_samples
             for task in self.tasks:
                 longest_input(processing_class, probe, task.max_length, f"task {task.name!r}: ")
             self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
@@ -232,6 +233,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         """
         if isinstance(datasets, MultiTaskDataset):
             return datasets
+        if argument != "train_dataset" and options.get("labels", True):
+            datasets = first_rows(datasets, self._most_rows)
         return prepare_sources(datasets, self._sources, argument, split=split, **options, **self._preparing)
 
     def _check_sampling(self, dataset: Any, args: MultiTaskTrainingArguments) -> None:

@@ -52,6 +52,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
 
     What generating tasks (`causal_lm`, `seq2seq_lm`) are evaluated by:
 
+    - `max_eval_samples`: evaluate on the first rows of each dataset only; None takes all. For tasks of all types.
     - `predict_with_generate`: write text for every row, and compare it with the target (`exact_match`, `rouge_l`);
       without it, and beside it, the likelihood of the targets counts (see [`hf_multitask.generation`]).
 
@@ -149,6 +150,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
     predict_with_generate: bool = field(
         default=False, metadata={"help": "Let tasks that generate write text at evaluation and prediction."}
     )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Most rows of each dataset at evaluation."})
     packing: bool = field(default=False, metadata={"help": "Put short rows of causal_lm tasks into long sequences."})
     packing_length: int | None = field(default=None, metadata={"help": "Most tokens of a packed sequence."})
     dataset_sizes: dict[str, int] | str | None = field(
@@ -200,7 +202,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-        for name in ("max_length", "dataset_num_proc", "packing_length"):
+        for name in ("max_length", "dataset_num_proc", "packing_length", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")

@@ -15,6 +15,7 @@ PAIRS = [
     ("Paris, France", "Paris in France", 0, 4 / 5),
     ("London", "Paris", 0, 0),
     ("big big apple", "big apple", 0, 4 / 5),  # a word counts as often as both have it
+    ("big big", "big big apple", 0, 4 / 5),
     ("1,000", "1000", 1, 1),
     ("another", "other", 0, 0),  # an article within a word is none
     ("", "", 1, 1),

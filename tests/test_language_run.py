@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKBONES
+from datasets import Dataset
 from language import (
     ENCODER_DECODERS,
     decoder_tasks,
@@ -18,6 +22,7 @@ from language import (
     seq2seq_tasks,
 )
 from safetensors import safe_open
+from test_distributed import free_port, run_together
 from test_schemes import KINDS, check_close, check_equal, quiet, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,6 +33,8 @@ from hf_multitask.data.sources import make_sources
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.models.base import MultiTaskModel
 from hf_multitask.models.conversion import select_tasks
+from hf_multitask.models.encoder_decoder import decoder_parameters
+from hf_multitask.prediction import Predictor
 
 CONFIG = dict(
     vocab_size=90,
@@ -370,3 +377,88 @@ def test_tasks_cannot_be_held_out_where_each_has_parameters_of_its_own(datasets,
             train_dataset={"reviews": datasets["reviews"]},
             processing_class=decoder_tokenizer(),
         )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("encoder", "hard", {"gradient_combination": "upgrad"}),
+        ("decoder", "adapter, shared", {"packing": True}),
+        # Some steps have no row of a task that writes: decay must then leave the decoder alone.
+        ("t5, untied", "hard", {"batch_composition": "single_task", "weight_decay": 0.5}),
+        pytest.param(("bart", "hard", {"gradient_combination": "upgrad"}), marks=pytest.mark.slow),
+        pytest.param(("encoder", "hard", {}), marks=pytest.mark.slow),
+        pytest.param(("encoder", "soft", {}), marks=pytest.mark.slow),
+        pytest.param(("decoder", "hard", {"packing": True}), marks=pytest.mark.slow),
+        pytest.param(("decoder", "hard", {"gradient_combination": "upgrad"}), marks=pytest.mark.slow),
+        pytest.param(("decoder", "prefix", {}), marks=pytest.mark.slow),
+    ],
+    ids=lambda setting: ", ".join([*setting[:2], *setting[2]]),
+)
+def test_two_processes_do_what_one_does(tmp_path, setting):
+    family, kind, extra = setting
+    script = str(Path(__file__).with_name("language_processes.py"))
+    results = []
+    for processes in (1, 2):
+        out = str(tmp_path / f"{processes}.pt")
+        address = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        environments = [address | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+        command = [sys.executable, script, out, family, kind, json.dumps(extra)]
+        run_together([command] * processes, environments if processes > 1 else [{}])
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    check_close(one["weights"], two["weights"], 1e-3)
+    for key, value in one["metrics"].items():
+        if key.endswith(("runtime", "per_second")):
+            continue
+        assert two["metrics"][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+def test_evaluation_may_be_of_the_first_rows(train, tmp_path):
+    model = build(("encoder", "hard"))
+    whole = train(model, output_dir=str(tmp_path), start=False)
+    part = train(model, output_dir=str(tmp_path), start=False, max_eval_samples=3)
+    assert set(whole.eval_dataset.sizes.values()) == {9} and set(part.eval_dataset.sizes.values()) == {3}
+    assert part.evaluate({"reviews": Dataset.from_dict({"text": ["good"] * 5, "label": ["positive"] * 5})})
+    assert set(part.train_dataset.sizes.values()) == {40}
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_encoder_decoders_are_evaluated_by_what_they_write(train, tmp_path, family):
+    model = build((family, "hard"))
+    arguments = dict(max_steps=50, learning_rate=0.01, per_device_train_batch_size=16)
+    trainer = train(model, output_dir=str(tmp_path), predict_with_generate=True, **arguments)
+    metrics = trainer.evaluate()
+    assert metrics["eval_mood_label_accuracy"] > 0.8 and metrics["eval_mood_exact_match"] > 0.6
+    assert 0 < metrics["eval_repeat_rouge_l"] <= 1 and 0 <= metrics["eval_repeat_exact_match"] <= 1
+    assert metrics["eval_repeat_perplexity"] == pytest.approx(
+        torch.tensor(metrics["eval_repeat_loss"]).exp().item(), 1e-4
+    )
+    assert metrics["eval_average"] == pytest.approx(
+        (metrics["eval_tone_accuracy"] + metrics["eval_mood_label_accuracy"] + metrics["eval_repeat_accuracy"]) / 3
+    )
+    own, asked = decoder_tokenizer(), sayings(3)
+    written = trainer.predict({"sayings": asked.remove_columns("target")}, max_new_tokens=7)["repeat"].predictions
+    texts = own(asked["said"], padding=True, padding_side="right", return_tensors="pt")
+    texts = {key: texts[key] for key in ("input_ids", "attention_mask")}
+    direct = model.generate(**texts, task="repeat", max_new_tokens=7, pad_token_id=3)[:, 1:]
+    assert written.tolist() == direct.tolist() and len(set(map(tuple, written.tolist()))) > 1
+    answers = next(Predictor(model, own)([{"text": "the film was great", "said": "paris"}]))
+    assert set(answers) == {"tone", "mood", "repeat"} and answers["mood"]["label"] == "positive"
+    for rows in (1, 16):
+        other = train(copy.deepcopy(model), output_dir=str(tmp_path), start=False, per_device_eval_batch_size=rows)
+        for key, value in other.evaluate().items():
+            assert key.endswith(("runtime", "per_second", "epoch")) or metrics[key] == pytest.approx(value, rel=1e-4), key
+
+
+@pytest.mark.parametrize("combination", ["sum", "upgrad"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_a_step_that_trains_nothing_that_writes_leaves_the_decoder_alone(train, tmp_path, family, combination):
+    """Gradients of zeros would let momentum and decay move it, where all parameters take part in a step."""
+    for weights_of_tasks, moves in ((dict(words=0.0, mood=0.0, repeat=0.0), False), (dict(words=0.0, mood=0.0), True)):
+        tasks = [replace(task, weight=weights_of_tasks.get(task.name, task.weight)) for task in seq2seq_tasks()]
+        model = SCHEMES["hard"].from_backbone(encoder_decoder(family), tasks)
+        decoder = [*decoder_parameters(model.backbone), *(model.lm_head.parameters() if model.lm_head else ())]
+        before = [parameter.detach().clone() for parameter in decoder]
+        train(model, output_dir=str(tmp_path), gradient_combination=combination, weight_decay=0.5, max_steps=2)
+        assert moves != all(torch.equal(one, other) for one, other in zip(decoder, before, strict=True))

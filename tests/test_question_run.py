@@ -178,7 +178,9 @@ def test_predictions_are_logits_of_windows_and_of_choices(train):
     assert outputs["who"].label_ids is None and outputs["next"].label_ids is None
     labelled = trainer.predict(data)
     assert labelled["who"].label_ids.shape == (len(windows), 2) and "test_who_f1" in labelled["who"].metrics
-    # A choice that is not there is never chosen.
+    # A choice that is not there is never chosen, and padding reads the same wherever it comes from.
+    for scores, texts in zip(outputs["next"].predictions, data["next"]["choices"], strict=True):
+        assert (scores[len(texts) :] == -100).all() and (scores[: len(texts)] != -100).all()
     guesses = outputs["next"].predictions.argmax(-1)
     assert all(guess < len(texts) for guess, texts in zip(guesses, data["next"]["choices"], strict=True))
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -119,6 +119,8 @@ class Run:
         seed: Seed of heads, rows and dropout.
         recipe: What is run.
         content: All that the result depends on, as plain JSON types.
+        metrics: By task, the metric that the recipe names, or None; it only says what is compared, unless it picks the
+            best checkpoint.
         task: Of a baseline, its task.
         budget: Of a baseline, how much it reads.
     """
@@ -127,6 +129,7 @@ class Run:
     seed: int
     recipe: Recipe
     content: dict[str, Any] = field(repr=False)
+    metrics: dict[str, str | None]
     task: str | None = None
     budget: Budget | None = None
 
@@ -155,10 +158,12 @@ class Planner:
     Args:
         recipe: The recipe.
         parts: What [`hf_multitask.recipe.build`] made of it.
+        custom: Names of the tasks with metric functions of the user's own.
     """
 
-    def __init__(self, recipe: Recipe, parts: RecipeParts) -> None:
+    def __init__(self, recipe: Recipe, parts: RecipeParts, custom: Collection[str] = ()) -> None:
         self.recipe = recipe
+        self._custom = sorted(custom)
         self.tasks: list[Task] = parts.model.tasks
         self.args: MultiTaskTrainingArguments = parts.args
         self._values = {values["name"]: values for values in recipe.tasks}
@@ -237,10 +242,15 @@ class Planner:
         if not settled.get("load_best_model_at_end"):
             settled["save_strategy"] = "no"
         recipe = Recipe(self.recipe.name, dict(model), values, settled)
+        described = [task.to_dict() for task in tasks]
+        metrics = {values["name"]: values["metric"] for values in described}
+        if not _needs_evaluations(settled):
+            described = [{**values, "metric": None} for values in described]
         content = {
             **self._common,
             "model": {key: value for key, value in model.items() if key != "backbone"},
-            "tasks": [task.to_dict() for task in tasks],
+            "tasks": described,
+            "custom metrics": [name for name in self._custom if name in metrics],
             "rows": {task.name: self.rows[task.name] for task in tasks},
             "training": dict(_that_matters({"output_dir": "runs", **settled})),
         }
@@ -248,7 +258,7 @@ class Planner:
             content["single-task scores"] = single_task_scores(self.args.mixing_kwargs, self.tasks)
         if budget is not None:
             content["budget"] = asdict(budget)
-        return Run(kind, seed, recipe, json.loads(json.dumps(content)), task, budget)
+        return Run(kind, seed, recipe, json.loads(json.dumps(content)), metrics, task, budget)
 
 
 def _rows_of(task: Task, parts: RecipeParts) -> Iterator[tuple[str, str]]:

@@ -56,14 +56,14 @@ def compare(
     it lacks, and after a change of the recipe only the runs that it reaches are trained again. Models are not kept.
 
     Args:
-        recipe: The recipe, or its file. Every task that is not auxiliary needs validation rows, in which runs are
-            judged; where the recipe lets them pick the best checkpoint too, both sides profit alike.
+        recipe: The recipe, or its file. Every task that is trained for its own sake needs validation rows, on which
+            runs are judged; where the recipe lets them pick the best checkpoint too, both sides profit alike.
         seeds: Seeds of heads, rows and dropout; a run of each kind for each. With one nothing is known about chance in
             training, and the result says so.
         settings: `key=value` changes of the recipe, as in [`hf_multitask.recipe.load_recipe`].
         output: The folder; gets `comparison.json` (default: `runs/<recipe>-comparison`).
         against: Mixing strategies, such as `uniform` and `proportional`, that the recipe is run with too.
-        critical_tasks: The tasks that must not lose (default: all that are not auxiliary).
+        critical_tasks: The tasks that must not lose (default: all that have a baseline).
         margin: Differences up to this part of the baseline's metric do not matter.
         resamples: Draws of the validation rows.
         confidence: Coverage of the intervals.
@@ -95,7 +95,7 @@ def compare(
     folder = Path(output or Path("runs", f"{base.name}-comparison"))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {str(folder)!r} is a file; choose a folder")
-    planner = Planner(base, parts)
+    planner = Planner(base, parts, custom)
     runs: dict[str, dict[str, list[FinishedRun]]] = {
         kind: {task.name: [] for task in tasks} for kind in ("multi", "single", *against)
     }
@@ -163,8 +163,9 @@ def _check_recipe(parts: RecipeParts) -> list[Task]:
     """Return the tasks that have baselines, after checking that they can be compared."""
     if parts.args.world_size > 1:
         raise ValueError("compare trains one run after the other on one process; start it without a launcher")
-    tasks = [task for task in parts.model.tasks if not task.auxiliary]
-    if len(parts.model.tasks) == 1:
+    trained = [task for task in parts.model.tasks if not task.held_out]
+    tasks = [task for task in trained if not task.auxiliary]
+    if len(trained) == 1:
         raise ValueError(f"the recipe has only the task {tasks[0].name!r}: the multi-task model is its own baseline")
     missing = [task.name for task in tasks if task.dataset not in parts.datasets["validation"]]
     if missing:

@@ -75,7 +75,7 @@ def _pair(values: Sequence[Any]) -> dict[str, Any]:
 def _batches(model: MultiTaskModel, parts: RecipeParts) -> Iterator[Mapping[str, Any]]:
     """Yield padded batches of validation rows, of one source after the other."""
     tokenizer = parts.tokenizer
-    tasks = [task for task in model.tasks if not task.auxiliary]
+    tasks = [task for task in model.tasks if not (task.auxiliary or task.held_out)]
     present = {task.dataset: parts.datasets["validation"][task.dataset] for task in tasks}
     rows = prepare_sources(
         {name: part.select(range(min(len(part), _ROWS))) for name, part in present.items()},

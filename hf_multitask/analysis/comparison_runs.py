@@ -44,7 +44,7 @@ class FinishedRun:
         name: The run in words.
         key: The hash of what it depends on.
         metrics: By task, its metrics on the validation rows.
-        primary: By task, the name of its primary metric.
+        primary: By task, the name of its primary metric; empty where the user's own function names it.
         rows_seen: By task, the training rows it read.
         rows: By task, the hash of its validation rows.
         steps: Optimizer steps.
@@ -100,7 +100,8 @@ def finish_run(
     found = read_run(place, run)
     assert found is not None
     if say is not None:
-        values = ", ".join(f"{task} {found.metrics[task][metric]:.4f}" for task, metric in found.primary.items())
+        shown = {task: metrics.get(found.primary[task]) for task, metrics in found.metrics.items()}
+        values = ", ".join(f"{task} {value:.4f}" for task, value in shown.items() if value is not None)
         say(f"finished {run.name} in {found.train_seconds:.0f} s: {values}")
     on_accelerator = trainer.args.device.type != "cpu"
     del trainer
@@ -159,8 +160,9 @@ def _train(run: Run, parts: RecipeParts, folder: Path, custom: Mapping[str, Any]
     }
     tensors: dict[str, np.ndarray] = {}
     for task, metrics, outputs in _judge(trainer, trainer.eval_dataset):
-        chosen = task.metric or (next(iter(metrics)) if task.name in custom else primary_metric(task))
-        content["metrics"][task.name], content["primary"][task.name] = metrics, chosen
+        # The recipe may name another metric later.
+        usual = "" if task.name in custom else primary_metric(replace(task, metric=None))
+        content["metrics"][task.name], content["primary"][task.name] = metrics, usual
         for part in RowOutputs.__dataclass_fields__:
             tensors[f"{task.name}/{part}"] = np.ascontiguousarray(getattr(outputs, part))
     save_file(tensors, folder / _PREDICTIONS)
@@ -172,7 +174,7 @@ def _judge(trainer: MultiTaskTrainer, dataset: MultiTaskDataset) -> Iterator[tup
     """Yield, for each task that is trained for its own sake, its metrics and what the model gave for each row."""
     for source, outputs, metrics in trainer._run_sources(dataset, "eval", None):
         for task in source.tasks:
-            if not task.auxiliary:
+            if not (task.auxiliary or task.held_out):
                 logits, losses, items = outputs.predictions[task.name]
                 yield task, metrics[task.name], RowOutputs(logits, outputs.label_ids[task.name], losses, items)
 
@@ -203,12 +205,13 @@ def read_run(folder: Path, run: Run) -> FinishedRun | None:
     if found.key != run.key:
         raise fail("it is of another run")
     for task in _judged(run):
-        metric = found.primary.get(task)
-        value = found.metrics.get(task, {}).get(str(metric))
-        if value is None:
-            raise fail(f"task {task!r} has no metric {metric or ''!r}")
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise fail(f"metric {metric!r} of task {task!r} is {value}")
+        metric = found.primary[task] = run.metrics[task] or found.primary.get(task, "")
+        if task not in run.content["custom metrics"]:
+            value = found.metrics.get(task, {}).get(metric)
+            if value is None:
+                raise fail(f"task {task!r} has no metric {metric!r}")
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise fail(f"metric {metric!r} of task {task!r} is {value}")
         for part in RowOutputs.__dataclass_fields__:
             if f"{task}/{part}" not in stored:
                 raise fail(f"{_PREDICTIONS} lacks {part} of task {task!r}")
@@ -216,7 +219,7 @@ def read_run(folder: Path, run: Run) -> FinishedRun | None:
 
 
 def _judged(run: Run) -> list[str]:
-    return [task["name"] for task in run.content["tasks"] if not task["auxiliary"]]
+    return [task["name"] for task in run.content["tasks"] if not (task["auxiliary"] or task.get("held_out"))]
 
 
 def check_same_data(runs: Sequence[FinishedRun], task: str) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import greater_is_better
+from ..metrics import greater_is_better, metric_function
 from ..models.task import Task
 from .baselines import Budget
 from .bootstrap import Estimate, estimate, relative_changes, resample
 from .comparison_result import Difference, TaskComparison
 from .comparison_runs import FinishedRun, check_same_data
-from .resampled_metrics import CountedMetric, RowOutputs, counted_metric
+from .resampled_metrics import counted_metric
 
 __all__ = ["RunStatistics"]
 
@@ -77,7 +77,6 @@ class RunStatistics:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return a task's metric of each run on all rows, `[K]`, and on the draws, `[K, R]`."""
         check_same_data(runs, task.name)
-        metric = runs[0].primary[task.name]
         outputs = [run.outputs(task.name) for run in runs]
         for number, (run, own) in enumerate(zip(runs, outputs, strict=True)):
             first = number % len(self.seeds)  # of the same seed; what is hidden from a language model is its seed's
@@ -86,15 +85,19 @@ class RunStatistics:
                     f"task {task.name!r}: {runs[first].name} and {run.name} have different labels, row by row, and "
                     f"cannot be compared; delete {str(run.folder)!r}, and the run is made again"
                 )
-        recorded = np.array([run.metrics[task.name][metric] for run in runs], dtype=np.float64)
-        counted = [
-            _checked(task, metric, own, custom, value, run)
-            for run, own, value in zip(runs, outputs, recorded, strict=True)
-        ]
+        metric = runs[0].primary[task.name] or next(iter(metric_function(task, custom)(outputs[0].as_evaluated())))
+        counted = [counted_metric(task, metric, own, custom) for own in outputs]
         self._metrics[task.name] = metric
         self._examples[task.name] = len(outputs[0].losses)
+        everything = np.ones((1, self._examples[task.name]))
+        values = np.array([float(function(everything)[0]) for function in counted])
+        for number, run in enumerate(runs):
+            if custom is None:
+                values[number] = _recorded(run, task.name, metric, values[number])
+            elif not np.isfinite(values[number]):
+                raise ValueError(f"task {task.name!r}: compute_metrics gives {metric} {values[number]} for {run.name}")
         # Tasks on the same dataset are on the same draws.
-        return recorded, resample(counted, self._examples[task.name], resamples, _DRAWS, task.dataset)
+        return values, resample(counted, self._examples[task.name], resamples, _DRAWS, task.dataset)
 
     # ---- what is compared ----
 
@@ -161,15 +164,12 @@ class RunStatistics:
         return {str(seed): float(value) for seed, value in zip(self.seeds, values, strict=True)}
 
 
-def _checked(
-    task: Task, metric: str, outputs: RowOutputs, custom: Any, recorded: float, run: FinishedRun
-) -> CountedMetric:
-    """Return a metric as a function of counts, after seeing that on all rows it is what was recorded."""
-    counted = counted_metric(task, metric, outputs, custom)
-    value = float(counted(np.ones((1, len(outputs.losses))))[0])
+def _recorded(run: FinishedRun, task: str, metric: str, value: float) -> float:
+    """Return the metric that a run recorded, after checking that its predictions give it, to rounding."""
+    recorded = run.metrics[task][metric]
     if not abs(value - recorded) <= 1e-5 * max(abs(recorded), 1.0):
         raise ValueError(
-            f"run folder {str(run.folder)!r}: its predictions give {metric} {value:.6f} of task {task.name!r}, and "
+            f"run folder {str(run.folder)!r}: its predictions give {metric} {value:.6f} of task {task!r}, and "
             f"{recorded:.6f} is recorded; delete the folder, and the run is made again"
         )
-    return counted
+    return recorded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Evidence:
         primary: The task that matters most.
         pairs: Conflict of every pair of tasks (see [`hf_multitask.gradient_conflicts`]); None if it was not measured.
         reproducibility: By task, mean cosine of its own gradients of two batches: with 0 all that was seen is noise.
-        losses: By task, its loss at the start, times its weight over the default weight.
+        losses: By task, its loss at the start, times its weight.
         weights: By task, weights that would bring these losses to one scale.
         passes: By task, how often the training reads each of its rows.
         backbone_parameters: Parameters of the backbone.
@@ -131,12 +131,12 @@ class Evidence:
     @property
     def size_ratio(self) -> float | None:
         """Rows of the largest task over those of the smallest; None if not all are known."""
-        return _ratio(self.sizes, self.tasks)
+        return _ratio(self.sizes, self.tasks, self.tasks)
 
     @property
     def loss_ratio(self) -> float | None:
-        """The largest loss over the smallest; None if not all are known."""
-        return _ratio(self.losses, self.tasks)
+        """The largest loss over the smallest of a task that is not auxiliary; None if not all are known."""
+        return _ratio(self.losses, self.tasks, [task for task in self.tasks if task not in self.auxiliary])
 
     @classmethod
     def from_preflight(cls, preflight: Any, **known: Any) -> Evidence:
@@ -162,8 +162,8 @@ class Evidence:
             **{key: value for key, value in (sections.get("setting") or {}).items() if key in _names()},
         }
         for row in (sections.get("losses") or {}).get("tasks", ()):
-            if row["scaled"] is not None:
-                found.setdefault("losses", {})[row["task"]] = row["scaled"]
+            if row["weighted"] is not None:
+                found.setdefault("losses", {})[row["task"]] = row["weighted"]
             if row["proposed_weight"] is not None:
                 found.setdefault("weights", {})[row["task"]] = row["proposed_weight"]
         for row in (sections.get("plan") or {}).get("sources", ()):
@@ -200,10 +200,10 @@ def _names() -> set[str]:
     return {item.name for item in fields(Evidence)}
 
 
-def _ratio(values: Mapping[str, float], tasks: tuple[str, ...]) -> float | None:
-    if any(task not in values for task in tasks) or min(values.values()) <= 0:
+def _ratio(values: Mapping[str, float], tasks: Sequence[str], small: Sequence[str]) -> float | None:
+    if any(task not in values for task in tasks) or not small or min(values[task] for task in small) <= 0:
         return None
-    return max(values.values()) / min(values.values())
+    return max(values.values()) / min(values[task] for task in small)
 
 
 def _verdict(task: str, row: Mapping[str, Any]) -> Verdict:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
+from ..data.dataset import MultiTaskDataset
 from ..data.preprocessing import longest_input
 from ..data.sources import make_sources
 from ..data.streaming import is_stream
@@ -103,12 +104,13 @@ def preflight(
     run.sections["setting"] = _setting(parts)
     with tempfile.TemporaryDirectory() as folder, undisturbed(parts.model):
         with run.section("setup"):
-            trainer = _make_trainer(run, parts, looked, folder)
-        if trainer is not None:
+            made = _make_trainer(run, parts, looked, folder)
+        if made is not None:
+            trainer, evaluated = made
             rows: Any = trainer.train_dataset
             if is_stream(parts.datasets["train"]):
                 rows = trainer.prepare_datasets(looked["train"], "train_dataset", "train")
-            measure(run, parts, trainer, rows, _variances(facts), _evaluated(parts, looked), probe_rows, seed)
+            measure(run, parts, trainer, rows, _variances(facts), evaluated, probe_rows, seed)
     known = {"budget_seconds": budget_seconds, "stream_rows": stream_rows, "probe_rows": probe_rows, "seed": seed}
     advice = advise(Evidence.from_preflight(run.sections))
     result = Preflight(name, tuple(run.findings), _plain(run.sections), advice, run.seconds, known)
@@ -162,8 +164,14 @@ def _read(parts: RecipeParts, looked: Datasets, whole: Mapping[tuple[str, str], 
     return facts
 
 
-def _make_trainer(run: PreflightRun, parts: RecipeParts, looked: Datasets, folder: str) -> MultiTaskTrainer | None:
-    """Return the trainer of the training, which writes elsewhere; None, and a finding, if it refuses."""
+def _make_trainer(
+    run: PreflightRun, parts: RecipeParts, looked: Datasets, folder: str
+) -> tuple[MultiTaskTrainer, dict[str, dict[str, int]]] | None:
+    """Return the trainer of the training, which writes elsewhere, and the rows that it evaluates, by split and source.
+
+    None, and a finding, if it refuses.
+    """
+    evaluated: dict[str, dict[str, int]] = {}
     try:
         settle_args(parts.args, None, None)
         args = copy.copy(parts.args)
@@ -175,15 +183,17 @@ def _make_trainer(run: PreflightRun, parts: RecipeParts, looked: Datasets, folde
             eval_dataset=looked.get("validation") or None,
             processing_class=parts.tokenizer,
         )
+        if isinstance(trainer.eval_dataset, MultiTaskDataset):
+            evaluated["validation"] = trainer.eval_dataset.sizes
         if looked.get("test"):
-            trainer.prepare_datasets(looked["test"], "test", "test", complete=False)
+            evaluated["test"] = trainer.prepare_datasets(looked["test"], "test", "test", complete=False).sizes
     except (ValueError, TypeError) as error:
         mend = "mend this first: the training would stop before its first step"
         run.findings.append(Finding("fail", "setup", "setup", "", str(error), {}, mend))
         return None
     message = "the trainer takes the model, the rows and the arguments"
     run.findings.append(Finding("ok", "setup", "setup", "", message))
-    return trainer
+    return trainer, evaluated
 
 
 def _describe(task: Task, facts: Sequence[SplitFacts]) -> dict[str, Any]:
@@ -223,16 +233,6 @@ def _variances(facts: Sequence[SplitFacts]) -> dict[str, float]:
         if one.split == "train"
         for task, labels in one.labels.items()
         if labels.numbers is not None
-    }
-
-
-def _evaluated(parts: RecipeParts, looked: Datasets) -> dict[str, dict[str, int]]:
-    """Return, by split, how many rows of each source are evaluated."""
-    sources = make_sources(parts.model.tasks, parts.model.shares_rows)
-    return {
-        split: {s.name: len(looked[split][s.dataset]) for s in sources if s.dataset in looked[split]}
-        for split in ("validation", "test")
-        if split in looked
     }
 
 

@@ -46,7 +46,9 @@ def data_findings(facts: Sequence[SplitFacts]) -> list[Finding]:
         if found and all(finding.level == "ok" for finding in found):
             numbers = {f"{f.about} {name}": value for f in found for name, value in f.numbers.items()}
             found = [Finding("ok", "data", check, "", all_is_well, numbers)]
-        findings += [finding for finding in found if finding.level != "ok" or not finding.about]
+        for finding in found:  # what several tasks read in several ways is said once
+            if (finding.level != "ok" or not finding.about) and finding not in findings:
+                findings.append(finding)
     return findings
 
 

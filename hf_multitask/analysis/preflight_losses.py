@@ -5,9 +5,10 @@ regression, and ln V over a vocabulary of V tokens. A head that starts far above
 confidence: most often a regression whose labels lie far from 0.
 
 Losses of tasks add up, each times its weight, so a task whose loss is a hundred times as large makes all but 1 % of the
-gradient. The proposed weights bring all losses to their geometric mean G: w_t = d_t · G / L_t, with d_t the weight that
-a task has by default (1; 0.1 for a task that only helps). The mean scale of the gradient, and with it the learning
-rate, stays as it is.
+gradient. Tasks that only help have a small weight (0.1 by default) on purpose: it is no fault if they count little. The
+proposed weights bring all losses to one scale: w_t = d_t · G / L_t, with d_t the weight that a task has by default and
+G the geometric mean of what the losses of the other tasks, those that do not only help, count now. So the scale of the
+gradient, and with it the learning rate, stays as it is.
 """
 
 from __future__ import annotations
@@ -109,9 +110,14 @@ class StartLoss:
         return replace(self.task, weight=None).weight  # type: ignore[arg-type]
 
     @property
-    def scaled(self) -> float:
-        """The loss as it counts: times the weight, over the default weight."""
-        return self.loss * self.task.weight / self.default_weight
+    def helps(self) -> bool:
+        """Whether the task is trained only to help others, and so counts little on purpose."""
+        return self.default_weight < 1
+
+    @property
+    def weighted(self) -> float:
+        """The loss as it counts: times the weight."""
+        return self.loss * self.task.weight
 
 
 def chance_loss(task: Task, variance: float | None, vocabulary: int) -> float | None:
@@ -160,8 +166,8 @@ def start_losses(
 def scaled_losses(losses: Sequence[StartLoss]) -> list[dict[str, Any]]:
     """Return a row for each task: its loss, that of guessing, and the weight that would even out scales."""
     usable = [one for one in losses if math.isfinite(one.loss) and one.loss > 0]
-    counted = [one for one in usable if one.task.weight > 0]
-    mean = math.exp(sum(math.log(one.scaled) for one in counted) / len(counted)) if counted else None
+    counted = [one for one in usable if one.task.weight > 0 and not one.helps]
+    mean = math.exp(sum(math.log(one.weighted) for one in counted) / len(counted)) if counted else None
     rows = []
     for one in losses:
         proposed = float(f"{one.default_weight * mean / one.loss:.2g}") if one in usable and mean is not None else None
@@ -172,7 +178,7 @@ def scaled_losses(losses: Sequence[StartLoss]) -> list[dict[str, Any]]:
                 "error": one.error if math.isfinite(one.error) else None,
                 "chance": one.chance,
                 "weight": one.task.weight,
-                "scaled": one.scaled if one in usable else None,
+                "weighted": one.weighted if one in usable else None,
                 "proposed_weight": proposed,
             }
         )
@@ -203,22 +209,25 @@ def loss_findings(losses: Sequence[StartLoss], weighting: str) -> list[Finding]:
             findings.append(
                 Finding(level, "losses", "start_over_chance", name, message, numbers, mend if level != "ok" else "")
             )
-    counted = [one for one in losses if math.isfinite(one.loss) and one.scaled > 0]
-    if len(counted) > 1:
+    counted = [one for one in losses if math.isfinite(one.loss) and one.weighted > 0]
+    if len(counted) > 1 and not all(one.helps for one in counted):
         findings.append(_scales(counted, weighting))
     return findings
 
 
 def _scales(losses: Sequence[StartLoss], weighting: str) -> Finding:
     """Return the finding about the ratio of the largest loss to the smallest."""
-    large, small = max(losses, key=lambda one: one.scaled), min(losses, key=lambda one: one.scaled)
-    ratio = large.scaled / small.scaled
+    large = max(losses, key=lambda one: one.weighted)
+    small = min((one for one in losses if not one.helps), key=lambda one: one.weighted)
+    ratio = large.weighted / small.weighted
     level = LIMITS["loss_ratio"].level(ratio)
     message = (
         f"the loss of {large.task.name!r} counts {ratio:.3g} times that of {small.task.name!r} "
-        f"({large.scaled:.3g} and {small.scaled:.3g})"
+        f"({large.weighted:.3g} and {small.weighted:.3g})"
     )
-    numbers = {"ratio": ratio, large.task.name: large.scaled, small.task.name: small.scaled}
+    if large is small:
+        message = f"no loss counts more than that of {small.task.name!r} ({small.weighted:.3g})"
+    numbers = {"ratio": ratio, large.task.name: large.weighted, small.task.name: small.weighted}
     if level == "ok":
         return Finding("ok", "losses", "loss_ratio", "", message, numbers)
     if weighting in SCALE_AWARE:

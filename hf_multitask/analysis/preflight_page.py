@@ -133,7 +133,7 @@ def _labels(data: Sequence[Mapping[str, Any]]) -> Iterator[_Block]:
 def _losses(tasks: Sequence[Mapping[str, Any]]) -> _Block:
     rows = [["task", "loss", "standard error", "of guessing", "weight", "counts as", "weight for one scale"]]
     for one in tasks:
-        keys = ("loss", "error", "chance", "weight", "scaled", "proposed_weight")
+        keys = ("loss", "error", "chance", "weight", "weighted", "proposed_weight")
         rows.append([one["task"], *(_short(one[key]) for key in keys)])
     return _Block("losses before the first step", rows, frozenset(range(1, 7)))
 

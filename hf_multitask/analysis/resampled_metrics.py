@@ -44,6 +44,10 @@ class RowOutputs:
     losses: np.ndarray
     items: np.ndarray
 
+    def as_evaluated(self, rows: Any = slice(None)) -> EvalPrediction:
+        """Return what a metric function is given for some rows."""
+        return EvalPrediction(self.predictions[rows], self.labels[rows], losses=self.losses[rows])
+
 
 def counted_metric(task: Task, metric: str, outputs: RowOutputs, custom: Any = None) -> CountedMetric:
     """Return a metric as a function of how often each row counts, `[r, N]`, to values `[r]`.
@@ -71,8 +75,7 @@ def _row_by_row(task: Task, metric: str, outputs: RowOutputs, custom: Any) -> Co
         result = []
         for count in counts.astype(np.int64):
             rows = np.repeat(np.arange(len(count)), count)
-            drawn = EvalPrediction(outputs.predictions[rows], outputs.labels[rows], losses=outputs.losses[rows])
-            result.append(float(compute(drawn)[metric]))
+            result.append(float(compute(outputs.as_evaluated(rows))[metric]))
         return np.array(result)
 
     return values

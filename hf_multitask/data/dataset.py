@@ -17,7 +17,7 @@ from ..models.task import closest
 from .preprocessing import prepare
 from .sources import Source
 
-__all__ = ["MultiTaskDataset", "as_mapping", "prepare_sources"]
+__all__ = ["MultiTaskDataset", "as_mapping", "first_rows", "prepare_sources"]
 
 
 class _Column:
@@ -173,3 +173,14 @@ def prepare_sources(
     present = [source for source in sources if source.dataset in by_name]
     rows = {source.name: prepare(by_name[source.dataset], source, **options) for source in present}
     return MultiTaskDataset(present, rows)
+
+
+def first_rows(datasets: Any, most: int | None) -> Any:
+    """Return datasets, one or by name, with no more than their first rows; streams are cut as well."""
+    if most is None:
+        return datasets
+    if isinstance(datasets, Mapping):
+        return {name: first_rows(rows, most) for name, rows in datasets.items()}
+    if isinstance(datasets, Dataset):
+        return datasets.select(range(min(most, len(datasets))))
+    return datasets.take(most) if hasattr(datasets, "take") else datasets

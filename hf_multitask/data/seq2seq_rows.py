@@ -76,7 +76,7 @@ class Seq2SeqRows(PromptRows):
         if not self.with_target:
             return
         targets = rows.column(label_key(self.task.name)).to_pylist()
-        cut = sum(target[-1] != self.tokenizer.eos_token_id for target in targets)
+        cut = sum(not _ends(self.tokenizer, target) for target in targets)
         if cut > MOST_CUT * len(targets):
             raise ValueError(
                 f"task {self.task.name!r}: {cut} of {len(targets)} targets do not fit into max_length="
@@ -87,4 +87,9 @@ class Seq2SeqRows(PromptRows):
 def answer_ids(tokenizer: Any, target: str) -> list[int]:
     """Return the tokens of a target, with what ends it."""
     ids = tokenizer(text_target=target, return_attention_mask=False)["input_ids"]
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+    return ids if _ends(tokenizer, ids) else [*ids, tokenizer.eos_token_id]
+
+
+def _ends(tokenizer: Any, target: list[int]) -> bool:
+    """Return whether a target has its end; some tokenizers write the language of the text behind it."""
+    return tokenizer.eos_token_id in target[-2:]

@@ -147,7 +147,7 @@ class SharingScheme(PreTrainedModel, ABC):
         others = {task.type for task in self.tasks if task.name not in names}
         if self.lm_head is not None and not any(kind.is_language for kind in others):
             yield from self.lm_head.parameters()
-        if self.backbone.config.is_encoder_decoder and TaskType.SEQ2SEQ_LM not in others:
+        if self.config.backbone_config.is_encoder_decoder and TaskType.SEQ2SEQ_LM not in others:
             yield from decoder_parameters(self.backbone)
 
     def finish_window(self) -> None:

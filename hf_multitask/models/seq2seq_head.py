@@ -27,20 +27,27 @@ class Seq2SeqLayers(LanguageLayers):
     """Transformers' own model over an encoder-decoder, without all that the backbone has."""
 
     def _prepare(self, model: PreTrainedModel) -> None:
-        super()._prepare(model)
         family = f"seq2seq_lm on {model.config.model_type!r}"
         places = places_of_backbone(model)
-        if self.vocabulary_path.split(".")[0] in places:
-            raise ValueError(f"{family}: {type(model).__name__} keeps what it predicts with in its decoder")
+        table, inputs = (cast(Any, one).weight for one in (model.get_output_embeddings(), model.get_input_embeddings()))
+        within = [parameter for place in places for parameter in model.get_submodule(place).parameters()]
+        if table is not inputs and any(parameter is table for parameter in within):
+            raise ValueError(
+                f"{family}: {type(model).__name__} predicts tokens with a table that its decoder alone has"
+            )
+        if hasattr(model.config, "router_aux_loss_coef"):
+            raise ValueError(f"{family}: {type(model).__name__} has experts, and nothing here would balance their load")
+        super()._prepare(model)
         for place in places:
             setattr(model, place, None)
         if own := [name for name, _ in model.named_parameters()]:
             raise ValueError(f"{family}: {type(model).__name__} has parameters beside its decoder: {', '.join(own)}")
+        self._other = int(model.config.pad_token_id == 0)  # a token that is no padding
         if not any(True for _ in model.buffers()):
             model._is_hf_initialized = True  # type: ignore[assignment]  # families look for the table in here
         try:
-            _shift(model, torch.full((1, 2), IGNORE_INDEX))
-        except (TypeError, ValueError) as error:
+            _shift(model, torch.tensor([[self._other, IGNORE_INDEX]]))
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{family}: the configuration does not say which token a text begins with; set "
                 f"decoder_start_token_id and pad_token_id ({error})"
@@ -76,9 +83,16 @@ class Seq2SeqLayers(LanguageLayers):
         return model
 
     def decode(
-        self, hidden: Tensor, attention_mask: Tensor | None, table: Tensor, backbone: PreTrainedModel, labels: Tensor
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        table: Tensor,
+        backbone: PreTrainedModel,
+        labels: Tensor | None,
     ) -> Tensor:
-        """Return the logits, `[rows, K, V]`, of labels `[rows, K]`, each from those before it."""
+        """Return the logits, `[rows, K, V]`, of labels `[rows, K]` (default: one token), each from those before it."""
+        if labels is None:
+            labels = torch.full((len(hidden), 1), self._other, device=hidden.device)
         model: Any = self.over(backbone, table)
         return model(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),  # type: ignore[arg-type]
@@ -127,8 +141,6 @@ class Seq2SeqHead(LanguageHead):
         Returns:
             `[rows, K, V]`.
         """
-        if labels is None:
-            labels = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
         return self.layers.decode(hidden, attention_mask, table, backbone, labels)
 
 
@@ -136,7 +148,7 @@ def _shift(model: Any, labels: Tensor) -> Tensor:
     """Return what a decoder is told: the labels one place to the right, behind the token that every text begins with.
 
     Raises:
-        TypeError, ValueError: The configuration lacks that token, or the one for padding.
+        AttributeError, TypeError, ValueError: The configuration lacks that token, or the one for padding.
     """
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if callable(shift):

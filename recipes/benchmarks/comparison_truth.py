@@ -5,10 +5,10 @@
 Every word of a small language has hidden numbers, and a text's labels follow from the sums of its words' numbers. Three
 pairs of tasks, each trained from scratch over three seeds by `hf_multitask.compare` with its defaults:
 
-- helpful: `small` has 64 texts, too few to learn what the words mean; `large` has 3,000 texts whose score follows from
-  the same numbers. Truth: `small` is better; `large`, which has nothing to learn from 64 texts, is equal.
-- harmful: two tasks of five labels each that follow from different numbers, over a backbone four numbers wide, which is
-  enough for one of them and not for both. Truth: both are worse.
+- helpful: `small` has 32 texts, too few to learn what the words mean; `large` has 3,000 texts whose score follows from
+  the same numbers. Truth: `small` is better; `large`, which has nothing to learn from 32 texts, is equal.
+- harmful: two tasks of eight labels each that follow from different numbers, over a backbone eight numbers wide, which
+  is enough for one of them and not for both. Truth: both are worse.
 - unrelated: two tasks that follow from different numbers, over a backbone wide enough for both. Truth: both are equal.
 
 Each repetition draws a language, texts and labels anew, and its own seeds. A verdict counts as right only if it is the
@@ -37,31 +37,31 @@ from hf_multitask.recipe import Recipe
 
 WORDS, LENGTH, VALIDATION = 60, 6, 2000
 CLEARLY = 1.0  # by how much the sum of a text's label exceeds all others
+SUMS = 8  # hidden numbers of a word for each of two tasks
 PAIRS: dict[str, dict[str, Any]] = {
     "helpful": {
         "truth": {"small": "better", "large": "equal"},
         "width": 32,
-        "tasks": {"small": {"rows": 64, "labels": 2, "from": 0}, "large": {"rows": 3000, "labels": 1, "from": 0}},
+        "tasks": {"small": {"rows": 32, "labels": 2, "from": 0}, "large": {"rows": 3000, "labels": 1, "from": 0}},
+        "training": {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 1e-2},
     },
     "harmful": {
         "truth": {"first": "worse", "second": "worse"},
-        "width": 4,
-        "tasks": {"first": {"rows": 3000, "labels": 5, "from": 0}, "second": {"rows": 3000, "labels": 5, "from": 5}},
+        "width": 8,
+        "tasks": {
+            "first": {"rows": 3000, "labels": SUMS, "from": 0},
+            "second": {"rows": 3000, "labels": SUMS, "from": SUMS},
+        },
+        "training": {"max_steps": 200, "per_device_train_batch_size": 64, "learning_rate": 2e-2},
     },
     "unrelated": {
         "truth": {"first": "equal", "second": "equal"},
         "width": 32,
-        "tasks": {"first": {"rows": 3000, "labels": 2, "from": 0}, "second": {"rows": 3000, "labels": 2, "from": 5}},
+        "tasks": {"first": {"rows": 3000, "labels": 2, "from": 0}, "second": {"rows": 3000, "labels": 2, "from": SUMS}},
+        "training": {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 1e-2},
     },
 }
-TRAINING: dict[str, Any] = {
-    "max_steps": 150,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 500,
-    "learning_rate": 1e-2,
-    "warmup_steps": 0.1,
-    "use_cpu": True,
-}
+TRAINING: dict[str, Any] = {"per_device_eval_batch_size": 500, "warmup_steps": 0.1, "use_cpu": True}
 
 
 def write_backbone(folder: Path, width: int, seed: int) -> None:
@@ -107,18 +107,18 @@ def repeat(name: str, number: int, folder: Path) -> dict[str, Any]:
     """Draw one language with its tasks, compare, and return the verdicts beside the truth."""
     pair = PAIRS[name]
     draw = np.random.default_rng([list(PAIRS).index(name), number])
-    meaning = draw.normal(size=(WORDS, 10))
+    meaning = draw.normal(size=(WORDS, 2 * SUMS))
     write_backbone(folder / "backbone", pair["width"], number)
     tasks = []
     for task, about in pair["tasks"].items():
         for split, rows in (("train", about["rows"]), ("validation", VALIDATION)):
-            part = meaning[:, about["from"] : about["from"] + 5]
+            part = meaning[:, about["from"] : about["from"] + SUMS]
             write_rows(str(folder / f"{task}-{split}.parquet"), draw, part, about["labels"], rows)
         kind = "regression" if about["labels"] == 1 else "single_label_classification"
         dataset = str(folder / f"{task}-{{split}}.parquet")
         tasks.append({"name": task, "type": kind, "dataset": dataset, "head": "linear"})
     model = {"backbone": str(folder / "backbone"), "sharing": "hard", "head_dropout": 0.0}
-    recipe = Recipe(name, model, tasks, {**TRAINING, "output_dir": str(folder / "out")})
+    recipe = Recipe(name, model, tasks, {**TRAINING, **pair["training"], "output_dir": str(folder / "out")})
     seeds = [3 * number, 3 * number + 1, 3 * number + 2]
     found = compare(recipe, seeds=seeds, output=folder / "compared")
     return {
@@ -160,7 +160,7 @@ def main() -> None:
             print(name, number, repetitions[-1], flush=True)
         verdicts = [task["verdict"] for one in repetitions for task in one["tasks"].values()]
         result[name] = {
-            "truth": PAIRS[name]["truth"],
+            **PAIRS[name],
             "right": sum(one["right"] for one in repetitions),
             "of": len(repetitions),
             "undecided verdicts": verdicts.count("undecided"),

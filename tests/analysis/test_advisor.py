@@ -169,8 +169,8 @@ def test_evidence_of_a_comparison_and_a_preflight_can_be_put_together():
         "setting": {"sharing": "hard", "backbone_parameters": 10, "primary": "a", "weighting": "static"},
         "losses": {
             "tasks": [
-                {"task": "a", "scaled": 0.5, "proposed_weight": 2.0},
-                {"task": "b", "scaled": None, "proposed_weight": None},
+                {"task": "a", "weighted": 0.5, "proposed_weight": 2.0},
+                {"task": "b", "weighted": None, "proposed_weight": None},
             ]
         },
         "plan": {"sources": [{"tasks": ["a", "b"], "passes": 3.0}]},

@@ -43,7 +43,12 @@ def write_recipe(folder: Path, **training) -> Path:
         "tasks": [
             {"name": "tone", "type": "single_label_classification", "dataset": reviews},
             {"name": "strength", "type": "regression", "dataset": reviews, "label_column": "strength", "weight": 0.5},
-            {"name": "names", "type": "token_classification", "dataset": str(folder / "names-{split}.parquet")},
+            {
+                "name": "names",
+                "type": "token_classification",
+                "dataset": str(folder / "names-{split}.parquet"),
+                "metric": "accuracy",
+            },
         ],
         "training": {
             "output_dir": str(folder / "out"),
@@ -103,7 +108,7 @@ def test_every_run_is_made_and_told_of(first):
     assert sorted(runs) == sorted(expected)
     assert {line.split()[1] for line in lines if line.startswith("training")} == expected
     assert [task.task for task in result.tasks] == list(TASKS) and result.seeds == (0, 1)
-    assert [task.metric for task in result.tasks] == ["accuracy", "pearson", "f1"]
+    assert [task.metric for task in result.tasks] == ["accuracy", "pearson", "accuracy"]
     assert not list((folder / "compared" / "runs").glob("*.part")) and not (folder / "out").exists()
     assert not list((folder / "compared").rglob("model.safetensors"))
 
@@ -189,7 +194,11 @@ def make_planner(path: Path, settings=()) -> Planner:
 def keys(path: Path, settings=()) -> dict[str, str]:
     planner = make_planner(path, settings)
     found = {"multi": planner.multi(0).key, "uniform": planner.multi(0, "uniform").key}
-    return found | {task.name: planner.single(task, 0, 100, 10).key for task in planner.tasks if not task.auxiliary}
+    return found | {
+        task.name: planner.single(task, 0, 100, 10).key
+        for task in planner.tasks
+        if not (task.auxiliary or task.held_out)
+    }
 
 
 EVERYTHING = {"multi", "uniform", *TASKS}
@@ -204,6 +213,7 @@ CHANGES = {
     "combination": (["training.gradient_combination=pcgrad"], {"multi", "uniform"}),
     "a weight": (["tasks.tone.weight=3"], {"multi", "uniform"}),
     "a head": (["tasks.names.head=linear"], {"multi", "uniform", "names"}),
+    "what is compared": (["tasks.strength.metric=mse", "tasks.tone.metric=loss"], set()),
     "a length": (["tasks.tone.max_length=7"], {"multi", "uniform", "tone"}),
     "the learning rate": (["training.learning_rate=1e-3"], EVERYTHING),
     "accumulation": (["training.gradient_accumulation_steps=2"], {"multi", "uniform"}),
@@ -300,17 +310,20 @@ def test_the_numbers_belong_together(first):
         assert task.seed_spread == pytest.approx(np.std([*task.by_seed.values()], ddof=1))
         assert task.margin == pytest.approx(0.02 * abs(task.single))
     assert [task.examples for task in result.tasks] == [80, 80, 21]
-    if result.delta_m["value"] is not None:
-        changes = [task.difference / abs(task.single) for task in result.tasks]
-        assert result.delta_m["value"] == pytest.approx(np.mean(changes))
+    changes = [task.difference / abs(task.single) for task in result.tasks]
+    assert result.delta_m["value"] == pytest.approx(np.mean(changes))
+    low, high = result.delta_m["interval"]
+    assert low < result.delta_m["value"] < high
     uniform = result.against["uniform"]
     for task in result.tasks:
         assert uniform["tasks"][task.task].difference == pytest.approx(task.multi - uniform["metrics"][task.task])
 
 
-def test_less_is_better_where_it_is(first, tmp_path):
+def test_less_is_better_where_it_is(copy, count_trainings):
+    recipe, output = copy
     settings = ["tasks.strength.metric=mse", "tasks.tone.metric=loss"]
-    result = compare(first[0] / "job.yaml", seeds=[0], settings=settings, output=tmp_path / "compared")
+    result = compare(recipe, seeds=(0, 1), settings=settings, output=output)
+    assert count_trainings == [] and [task.metric for task in result.tasks] == ["loss", "mse", "accuracy"]
     for task in result.tasks[:2]:
         assert not task.greater_is_better and task.difference == pytest.approx(task.single - task.multi)
     assert "less is better for tone, strength" in str(result)
@@ -339,15 +352,20 @@ def test_one_seed_says_that_intervals_are_over_examples_only(copy):
     assert "one seed: intervals are over examples only" in str(result) and "±" not in str(result)
 
 
-def test_metrics_of_ones_own_are_compared(first, tmp_path):
+def test_metrics_of_ones_own_are_compared(first, tmp_path, count_trainings):
     def mine(prediction):
         return {"mine": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean()) * 100}
 
-    settings = ["tasks.tone.metric=mine"]
-    options = dict(seeds=[0], settings=settings, resamples=100, compute_metrics={"tone": mine})
-    result = compare(first[0] / "job.yaml", output=tmp_path / "compared", **options)
-    task = result.tasks[0]
+    options = dict(seeds=[0], resamples=100, output=tmp_path / "compared")
+    task = compare(first[0] / "job.yaml", compute_metrics={"tone": mine}, **options).tasks[0]
     assert task.metric == "mine" and task.multi > 1 and task.interval[0] <= task.difference <= task.interval[1]
+    trained = len(count_trainings)
+    other = {"tone": lambda prediction: {"half": mine(prediction)["mine"] / 2}}
+    again = compare(first[0] / "job.yaml", compute_metrics=other, **options).tasks[0]
+    assert again.metric == "half" and again.multi == task.multi / 2 and len(count_trainings) == trained > 0
+    nan = {"tone": lambda prediction: {"half": float("nan")}}
+    with pytest.raises(ValueError, match="compute_metrics gives half nan for multi-seed-0"):
+        compare(first[0] / "job.yaml", compute_metrics=nan, **options)
 
 
 # Verdicts and the rule

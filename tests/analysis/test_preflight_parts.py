@@ -254,9 +254,13 @@ def test_a_weight_counts_but_that_of_a_helper_is_meant():
     assert loss_findings([start(TONE, 0.7), start(light, 70.0)], "static")[0].level == "ok"
     helper = Task("help", "regression", auxiliary=True)
     assert helper.weight == 0.1
-    found = loss_findings([start(TONE, 0.7), start(helper, 0.9)], "static")
-    assert found[0].level == "ok" and found[0].numbers["ratio"] == pytest.approx(0.9 / 0.7)
+    # It counts a fiftieth, and may; but it must not drown the others.
+    (found,) = loss_findings([start(TONE, 0.7), start(helper, 0.14)], "static")
+    assert found.level == "ok" and found.numbers["ratio"] == 1 and "no loss counts more" in found.message
+    (found,) = loss_findings([start(TONE, 0.7), start(helper, 140.0)], "static")
+    assert found.level == "warn" and found.numbers["ratio"] == pytest.approx(20) and found.about == "help"
     assert scaled_losses([start(TONE, 1.0), start(helper, 1.0)])[1]["proposed_weight"] == 0.1
+    assert not loss_findings([start(helper, 1.0), start(helper, 5.0)], "static")
 
 
 def test_a_head_that_starts_above_chance_or_at_nan_is_found():

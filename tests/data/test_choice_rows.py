@@ -66,6 +66,12 @@ def test_only_what_the_choices_are_about_is_cut(side):
         assert ids[1 : 1 + kept] == (about[:kept] if side == "right" else about[-kept:])
 
 
+def test_a_choice_that_is_longer_than_what_it_is_about_stays_whole():
+    long, tokenizer = "a very very sad and very bad film", make_tokenizer()
+    (row,) = prepared([{**GOOD, "choices": ["good", long], "label": 0}], max_length=13)
+    assert pairs_of(row)[1] == tokenizer("the film", long)["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("labels", "feature"),
     [

@@ -154,11 +154,16 @@ def test_a_tokenizer_without_token_types_gives_none():
     assert "token_type_ids" not in prepared(answers_in_context(), tokenizer=tokenizer).column_names
 
 
-def test_what_is_prepared_depends_on_the_stride():
-    data = answers_in_context()
-    tables = [prepared(data, Task("who", "question_answering", stride=stride)) for stride in (2, 8)]
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_is_prepared_depends_on_the_stride_and_on_the_side_that_is_cut(labelled):
+    data = answers_in_context() if labelled else answers_in_context().remove_columns("answers")
+    tables = [prepared(data, Task("who", "question_answering", stride=stride), labels=None) for stride in (2, 8)]
     assert len(tables[0]) < len(tables[1])
-    assert tables[0]._fingerprint != tables[1]._fingerprint
+    other = make_tokenizer()
+    other.truncation_side = "left"
+    tables.append(prepared(data, Task("who", "question_answering", stride=8), other, labels=None))
+    assert tables[1]["offsets"][:] != tables[2]["offsets"][:]
+    assert len({table._fingerprint for table in tables}) == 3
 
 
 def test_its_rows_are_its_own():

@@ -21,8 +21,6 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedModel,
-    T5Config,
-    T5Model,
 )
 
 from hf_multitask import AutoModelForMultiTask, HardSharingConfig, HardSharingModel, Task
@@ -294,14 +292,6 @@ def test_pooling_is_by_default_last_for_a_decoder_and_mean_for_an_encoder(name):
     pooling = {task: head.pooling for task, head in make_model(name).heads.items()}
     assert pooling == {"tone": expected, "names": expected, "strength": "first", "helper": expected, "a-traits": "mean"}
     assert make_model(name, pooling="first").heads["tone"].pooling == "first"
-
-
-def test_an_encoder_decoder_is_refused(tmp_path):
-    t5 = T5Model(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    t5.save_pretrained(tmp_path)
-    for source in (t5, str(tmp_path)):
-        with pytest.raises(ValueError, match="backbone 't5' is an encoder-decoder; give an encoder or a decoder"):
-            HardSharingModel.from_backbone(source, TASKS)
 
 
 def test_an_unknown_option_is_named():
