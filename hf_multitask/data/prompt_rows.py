@@ -79,7 +79,6 @@ class PromptRows(RowEncoder):
                 f"task {self.task.name!r}: tokenizer {type(tokenizer).__name__} has no end-of-sequence token, so that "
                 "no target would end; set tokenizer.eos_token"
             )
-        self.cut = self.seen = 0
 
     @property
     def _has_prompt(self) -> bool:
@@ -216,10 +215,8 @@ class PromptRows(RowEncoder):
         """Return the tokens of prompt and target, and how many the prompt has."""
         before = prompt_ids(self.tokenizer, prompt)
         after = [] if target is None else target_ids(self.task.name, self.tokenizer, prompt, target)
-        self.seen += 1
         room = self.max_length - len(after)
         if room < 1 and before:
-            self.cut += 1
             after, room = after[: self.max_length - 1], 1
         if len(before) > room:
             before = before[len(before) - room :]

@@ -39,7 +39,12 @@ class TaskBackbone(nn.Module):
     @property
     def config(self) -> Any:
         """The backbone's configuration."""
-        return self.held[0].backbone.config
+        return self.held[0].config.backbone_config
+
+    @property
+    def decoder(self) -> TaskBackbone:
+        """The part of the backbone that some families call in its place."""
+        return self
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Return the backbone's output for rows that are all the task's."""
@@ -47,6 +52,7 @@ class TaskBackbone(nn.Module):
         main = cast(Tensor, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
         ids = torch.full((len(main),), self.number, dtype=torch.long, device=main.device)
         mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        kwargs.pop("return_dict", None)  # schemes ask for objects in any case
         with model.rows.use(RowTasks(((self.task, 0, len(main)),), ids, mask)):
             return model.decode(input_ids, attention_mask=attention_mask, **kwargs)
 
@@ -78,15 +84,9 @@ def language_model(model: SharingScheme, task: str) -> PreTrainedModel:
 
 
 def _over_task_backbone(model: SharingScheme, task: str, head: CausalLanguageHead) -> PreTrainedModel:
-    native = shallow_copy(cast(PreTrainedModel, head.layers.native))
-    holder, _, name = head.layers.vocabulary_path.rpartition(".")
-    if holder:
-        raise ValueError(f"{type(native).__name__} keeps its vocabulary in {holder!r}, which generate is not made for")
-    vocabulary = shallow_copy(head.layers.vocabulary)
-    vocabulary.table = (model.vocabulary(task),)
+    native = head.layers.over_table(model.vocabulary(task))
     # `generate` asks for the device and the dtype of the first parameter, and there may be no other.
-    vocabulary.register_parameter("used", cast(nn.Parameter, model.vocabulary(task)))
-    native._modules[name] = vocabulary
+    native.register_parameter("table", cast(nn.Parameter, model.vocabulary(task)))
     native._modules[native.base_model_prefix] = TaskBackbone(model, task)
     native.train(False)
     return native
@@ -102,9 +102,10 @@ def generate(model: SharingScheme, inputs: Any, task: str | None, **kwargs: Any)
     native = language_model(model, task)
     chosen = next(one for one in model.tasks if one.name == task)
     options = {**(chosen.generation or {}), **kwargs}
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         return cast(Any, native).generate(inputs, **options)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .backbone import is_causal
 from .heads import IGNORE_INDEX, TokenHead
-from .native_head import NativeLayers
+from .native_head import NativeLayers, shallow_copy
 from .task import Task
 
 __all__ = ["CausalLanguageHead", "LanguageHead", "LanguageLayers", "MaskedLanguageHead", "is_tied"]
@@ -95,6 +95,19 @@ class LanguageLayers(NativeLayers):
     def resize(self, size: int) -> None:
         """Make what there is for each token fit a vocabulary of another size."""
         self.vocabulary.resize(size)
+
+    def over_table(self, table: Tensor) -> PreTrainedModel:
+        """Return a copy of Transformers' own model, with the same parameters, that predicts with a table `[V, E]`."""
+        model = shallow_copy(cast(PreTrainedModel, self.native))
+        holder: Any = model
+        *outer, name = self.vocabulary_path.split(".")
+        for part in outer:
+            holder._modules[part] = shallow_copy(holder._modules[part])
+            holder = holder._modules[part]
+        vocabulary = shallow_copy(self.vocabulary)
+        vocabulary.table = (table,)
+        holder._modules[name] = vocabulary
+        return model
 
     def with_table(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Return the logits, `[B, K, V]`, of hidden states `[B, K, H]`, with the table `[V, E]`."""

@@ -70,16 +70,8 @@ class Seq2SeqLayers(LanguageLayers):
 
     def over(self, backbone: PreTrainedModel, table: Tensor) -> PreTrainedModel:
         """Return Transformers' own model with a backbone, and with the table `[V, E]` that it predicts with."""
-        model = shallow_copy(cast(PreTrainedModel, self.native))
+        model = self.over_table(table)
         insert_backbone(model, backbone)
-        holder: Any = model
-        *outer, name = self.vocabulary_path.split(".")
-        for part in outer:
-            holder._modules[part] = shallow_copy(holder._modules[part])
-            holder = holder._modules[part]
-        vocabulary = shallow_copy(self.vocabulary)
-        vocabulary.table = (table,)
-        holder._modules[name] = vocabulary
         return model
 
     def decode(

@@ -58,7 +58,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "truth": {"first": "equal", "second": "equal"},
         "width": 32,
         "tasks": {"first": {"rows": 3000, "labels": 2, "from": 0}, "second": {"rows": 3000, "labels": 2, "from": SUMS}},
-        "training": {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 1e-2},
+        "training": {"max_steps": 200, "per_device_train_batch_size": 64, "learning_rate": 1e-2},
     },
 }
 TRAINING: dict[str, Any] = {"per_device_eval_batch_size": 500, "warmup_steps": 0.1, "use_cpu": True}

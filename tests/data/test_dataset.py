@@ -77,7 +77,8 @@ def test_rows_are_numbered_through_the_sources(texts):
     assert [row["labels_alone"] for row in found[5:8]] == [[0.0], [-1.0], [-2.0]]
     assert [row["labels_c"] for row in found[8:]] == [0, 1, 0, 1, 0]
     assert [len(row["input_ids"]) - 2 for row in found] == [1, 2, 3, 4, 5, 1, 2, 3, 2, 2, 2, 2, 2]
-    assert found[0].keys() == {"source", "input_ids", "labels_a"}
+    assert found[0].keys() == {"source", "place", "input_ids", "labels_a"}
+    assert [tuple(row["place"]) for row in found] == [(0, i) for n in (5, 3, 5) for i in range(n)]
     places = [rows.locate(i) for i in range(13)]
     assert places == [
         *(("shared:a", i) for i in range(5)),
@@ -108,7 +109,10 @@ def test_rows_are_the_prepared_ones_however_they_lie_in_memory():
         selected = MultiTaskDataset([source], {"alone": rows.rows[0].select(list(range(len(rows)))[::-1])})
         assert [plain(rows[i])["labels_alone"] for i in range(len(rows))] == [[float(i)] for i in order]
         assert [len(rows[i]["input_ids"]) - 3 for i in range(len(rows))] == list(order)
-        assert [plain(selected[i]) for i in range(len(rows))] == [plain(rows[i]) for i in range(len(rows))][::-1]
+        there, back = ([plain(part[i]) for i in range(len(rows))] for part in (rows, selected))
+        for row in there + back:
+            del row["place"]
+        assert back == there[::-1]
 
 
 def test_rows_are_found_in_every_piece_of_a_source(texts):

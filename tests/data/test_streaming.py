@@ -129,7 +129,8 @@ def test_rows_are_prepared_as_datasets_in_memory_are():
     for number, part in enumerate(tables.split()):
         for i, row in enumerate(streams.__getitems__([number] * len(part))):
             expected = part[i]
-            assert row.pop("source") == expected.pop("source") and row.pop("place") == (0, i)
+            assert row.pop("source") == expected.pop("source")
+            assert row.pop("place") == expected.pop("place") == (0, i)
             assert set(row) == set(expected)
             for key, value in expected.items():
                 assert row[key] == pytest.approx(value.tolist() if hasattr(value, "tolist") else value), key
