@@ -71,9 +71,7 @@ def seq2seq_tasks() -> list[Task]:
     """A classifier on what the encoder reads, and three tasks that write, one of them from a closed set."""
     return [
         Task("tone", "single_label_classification", labels=("negative", "positive"), dataset="reviews"),
-        Task(
-            "words", "seq2seq_lm", dataset="sayings", text_columns="target", label_column="said", weight=0.5, auxiliary=True
-        ),
+        Task("words", "seq2seq_lm", dataset="reviews", label_column="label", weight=0.5, auxiliary=True),
         Task(
             "mood",
             "seq2seq_lm",

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils.memory import clear_device_cache
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import PrinterCallback
 
@@ -196,7 +197,8 @@ def read_run(folder: Path, run: Run) -> FinishedRun | None:
             raise fail(f"{name} is missing")
     try:
         content = json.loads((folder / _RUN).read_text(encoding="utf-8"))
-        stored = load_file(folder / _PREDICTIONS)
+        with safe_open(folder / _PREDICTIONS, "np") as tensors:
+            stored = set(tensors.keys())
         found = FinishedRun(folder, *(content[name] for name in list(FinishedRun.__dataclass_fields__)[1:]))
     except KeyError as error:
         raise fail(f"{_RUN} lacks {error}") from None

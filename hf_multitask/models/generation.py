@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .language_head import CausalLanguageHead
-from .native_head import shallow_copy
 from .rows import RowTasks
 from .seq2seq_head import Seq2SeqHead
 from .task import closest
@@ -85,6 +84,7 @@ def language_model(model: SharingScheme, task: str) -> PreTrainedModel:
 
 def _over_task_backbone(model: SharingScheme, task: str, head: CausalLanguageHead) -> PreTrainedModel:
     native = head.layers.over_table(model.vocabulary(task))
+    native.config = model.config.backbone_config  # as it is now: attention or vocabulary may have been changed
     # `generate` asks for the device and the dtype of the first parameter, and there may be no other.
     native.register_parameter("table", cast(nn.Parameter, model.vocabulary(task)))
     native._modules[native.base_model_prefix] = TaskBackbone(model, task)

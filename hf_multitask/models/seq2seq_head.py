@@ -17,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from .encoder_decoder import insert_backbone, places_of_backbone
 from .heads import IGNORE_INDEX
 from .language_head import LanguageHead, LanguageLayers
-from .native_head import shallow_copy
 from .task import Task
 
 __all__ = ["Seq2SeqHead", "Seq2SeqLayers"]

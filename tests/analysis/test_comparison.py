@@ -12,14 +12,16 @@ import pytest
 import torch
 import yaml
 from conftest import BACKBONES, make_datasets, make_tokenizer
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hf_multitask
-from hf_multitask import MultiTaskTrainer, compare
+from hf_multitask import MultiTaskTrainer, MultiTaskTrainingArguments, compare
 from hf_multitask.analysis import comparison_runs
 from hf_multitask.analysis.baselines import Budget, Planner, rows_hash
 from hf_multitask.analysis.comparison_result import Comparison, Difference, TaskComparison
 from hf_multitask.analysis.comparison_runs import build_run, finish_run
+from hf_multitask.analysis.comparison_statistics import RunStatistics
 from hf_multitask.cli import app
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.recipe import build, load_recipe
@@ -555,6 +557,35 @@ def test_a_task_without_validation_rows_is_named(tmp_path, count_trainings):
     with pytest.raises(ValueError, match=r"no validation rows for the task\(s\) names.* validation: 0.1"):
         compare(path, output=tmp_path / "compared")
     assert count_trainings == []
+
+
+def test_a_task_without_a_baseline_is_named(first):
+    planner = make_planner(first[0] / "job.yaml")
+    parts, folder = build(planner.recipe), first[0] / "compared" / "runs"
+    multi = [finish_run(planner.multi(seed), parts, folder) for seed in (0, 1)]
+    runs = {"multi": {task: multi for task in TASKS}, "single": {"tone": multi}}
+    with pytest.raises(ValueError, match="task 'strength': 0 of 2 seeds have a baseline"):
+        RunStatistics(planner.tasks, runs, (0, 1), 0.02, 100, 0.95, {})
+
+
+def test_several_processes_are_refused(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(MultiTaskTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="on one process; start it without a launcher"):
+        compare(first[0] / "job.yaml", output=tmp_path / "compared")
+
+
+def test_a_metric_that_is_not_of_single_rows_is_refused(first, tmp_path):
+    settings = ["tasks.tone={name: tone, type: causal_lm, dataset: DATA, metric: rouge_l}"]
+    settings = [settings[0].replace("DATA", f"'{first[0]}/reviews-{{split}}.parquet'")]
+    config = LlamaForCausalLM(BACKBONES["llama"]().config)
+    config.save_pretrained(tmp_path / "decoder")
+    make_tokenizer().save_pretrained(tmp_path / "decoder")
+    with pytest.raises(ValueError, match="task 'tone': rouge_l comes from texts that a model writes"):
+        compare(
+            first[0] / "job.yaml",
+            settings=[*settings, f"model.backbone={tmp_path / 'decoder'}"],
+            output=tmp_path / "compared",
+        )
 
 
 def test_output_that_is_a_file_and_settings_of_a_read_recipe_are_refused(first, tmp_path):

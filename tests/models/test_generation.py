@@ -23,12 +23,12 @@ TASKS = [
 DECODERS = ("llama", "llama, tied", "gpt2", "gemma", "gemma2, capped")
 # What does, before it was trained, what the backbone does.
 PLAIN = ("hard", "soft", "conditioned", "adapter", "mixture_of_experts")
-GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 3}
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 3}
 
 
 def make_backbone(name: str, seed: int = 0) -> PreTrainedModel:
     """A decoder that writes other tokens for other prompts, and sometimes ends."""
-    return make_plain(name, seed)
+    return make_plain(name, seed, noise=0.3)
 
 
 def make_model(name: str, scheme: str, source=None, **options) -> MultiTaskModel:
@@ -41,7 +41,7 @@ def trained(model: MultiTaskModel) -> MultiTaskModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+                parameter.add_(0.7 * torch.randn_like(parameter))
     return model
 
 
@@ -63,26 +63,29 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("scheme", PLAIN)
-@pytest.mark.parametrize("name", [*DECODERS, "opt", "mixtral", "bert as decoder"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *((name, "hard") for name in (*DECODERS, "opt", "mixtral", "bert as decoder")),
+        *(("llama, tied", scheme) for scheme in PLAIN[1:]),
+        *(("gpt2", scheme) for scheme in ("soft", "conditioned", "adapter")),  # its blocks get no experts
+        *(("gemma2, capped", scheme) for scheme in ("soft", "conditioned", "adapter", "mixture_of_experts")),
+    ],
+)
 def test_an_untrained_scheme_writes_what_the_backbone_writes(name, scheme):
     plain, prompts = make_backbone(name), make_prompts()
-    try:
-        model = make_model(name, scheme, plain)
-    except ValueError as error:
-        assert "cannot be given experts" in str(error) or "is a mixture of experts" in str(error)
-        return
-    written = []
-    for options in OPTIONS.values():
-        results = []
+    model = make_model(name, scheme, plain)
+    written = {}
+    for key in OPTIONS if scheme == "hard" else ("greedy", "beams"):
+        options, results = OPTIONS[key], []
         for one in (plain, model):
             torch.manual_seed(4)
             task = {"task": "first"} if one is model else {}
             results.append(one.generate(**prompts, **task, **{**GREEDY, **options}))
         assert torch.equal(*results)
-        written.append(results[0])
-    assert len({tuple(row) for row in written[0][:, 7:].tolist()}) > 1
-    assert not torch.equal(written[0], written[3])
+        written[key] = results[0]
+    assert len({tuple(row) for row in written["greedy"][:, 7:].tolist()}) > 1
+    assert scheme != "hard" or not torch.equal(written["greedy"], written["sampled"])
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon", "gptj", "gpt_neo"])
@@ -96,12 +99,16 @@ def test_families_that_hand_on_how_they_want_their_output(name):
 # ---- PEFT ----
 
 
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("scheme", ["prefix", "adapter"])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *((name, scheme) for name in ("llama, tied", "gpt2", "gemma") for scheme in ("prefix", "adapter")),
+        ("llama", "prefix"),
+        ("gemma2, capped", "adapter"),
+    ],
+)
 def test_tasks_write_what_peft_writes_with_their_adapters(tmp_path, name, scheme):
     options = {"num_virtual_tokens": 3} if scheme == "prefix" else {"rank": 3}
-    if scheme == "prefix" and name.startswith("gemma2"):
-        pytest.skip("Gemma 2 takes no prefix")
     make_backbone(name).save_pretrained(tmp_path / "backbone")
     model = trained(make_model(name, scheme, str(tmp_path / "backbone"), **options))
     model.save_pretrained(tmp_path / "model")
@@ -120,9 +127,7 @@ def test_tasks_write_what_peft_writes_with_their_adapters(tmp_path, name, scheme
                 found = model.generate(**prompts, task=task, **{**GREEDY, **OPTIONS[key]})
                 assert torch.equal(found, peft.generate(**prompts, **{**GREEDY, **OPTIONS[key]})), (task, padded, key)
             written[task, padded] = model.generate(**prompts, task=task, **GREEDY)
-            assert torch.equal(
-                model.generate(**prompts, task=task, use_cache=False, **GREEDY), written[task, padded]
-            )
+            assert torch.equal(model.generate(**prompts, task=task, use_cache=False, **GREEDY), written[task, padded])
     assert not torch.equal(written["first", False], written["second", False])
     plain = make_backbone(name).generate(**make_prompts(False), **GREEDY)
     assert not torch.equal(written["first", False], plain)
@@ -173,7 +178,11 @@ def test_saved_and_loaded_or_alone_a_model_writes_the_same(tmp_path, scheme):
     model, prompts = trained(make_model("llama, tied", scheme)), make_prompts()
     model.save_pretrained(tmp_path)
     expected = model.generate(**prompts, task="first", **GREEDY)
-    for other in (AutoModelForMultiTask.from_pretrained(tmp_path), copy.deepcopy(model), select_tasks(model, ["first"])):
+    for other in (
+        AutoModelForMultiTask.from_pretrained(tmp_path),
+        copy.deepcopy(model),
+        select_tasks(model, ["first"]),
+    ):
         assert torch.equal(other.generate(**prompts, task="first", **GREEDY), expected)
     if scheme in ("hard", "soft"):
         model.export_task("first", tmp_path / "alone")
@@ -183,7 +192,7 @@ def test_saved_and_loaded_or_alone_a_model_writes_the_same(tmp_path, scheme):
 
 @pytest.mark.parametrize("scheme", [*PLAIN, "prefix"])
 def test_a_model_is_left_as_it_was(scheme):
-    model, prompts = trained(make_model("llama, tied", scheme)), make_prompts()
+    model, prompts = trained(make_model("llama", scheme)), make_prompts()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         logits = model(**prompts).logits
@@ -267,12 +276,8 @@ def test_options_of_the_call_go_before_the_task_s_and_these_before_the_checkpoin
         model, prompts = make_model("llama", "hard", source), make_prompts()
         model.save_pretrained(tmp_path / "model")
         for one in (model, AutoModelForMultiTask.from_pretrained(tmp_path / "model")):
-            lengths = [
-                one.generate(**prompts, task="first").shape[1],
-                one.generate(**prompts, task="second").shape[1],
-                one.generate(**prompts, task="second", max_new_tokens=2).shape[1],
-            ]
-            assert lengths == [10, 12, 9]
+            calls = ({"task": "first"}, {"task": "second"}, {"task": "second", "max_new_tokens": 2})
+            assert [one.generate(**prompts, **call).shape[1] for call in calls] == [7 + 3, 7 + 5, 7 + 2]
 
 
 def test_text_ends_where_the_checkpoint_or_the_configuration_says():
@@ -288,9 +293,7 @@ def test_text_ends_where_the_checkpoint_or_the_configuration_says():
     assert torch.equal(make_model("llama", "hard", plain).generate(**prompts, task="first", **GREEDY), expected)
     bare = make_model("llama, tied", "hard", make_backbone("llama, tied").base_model)
     tied = make_backbone("llama, tied")
-    assert torch.equal(
-        bare.generate(**prompts, task="first", **GREEDY), tied.generate(**prompts, **GREEDY)
-    )
+    assert torch.equal(bare.generate(**prompts, task="first", **GREEDY), tied.generate(**prompts, **GREEDY))
 
 
 def test_an_output_object_may_be_asked_for():
@@ -316,16 +319,16 @@ def test_only_tasks_that_write_can_be_asked_to():
         with pytest.raises(ValueError, match=message):
             model.generate(**prompts, **options, **GREEDY)
     alone = select_tasks(model, ["tone", "second"])
-    assert torch.equal(
-        alone.generate(**prompts, **GREEDY), model.generate(**prompts, task="second", **GREEDY)
-    )
+    assert torch.equal(alone.generate(**prompts, **GREEDY), model.generate(**prompts, task="second", **GREEDY))
     with pytest.raises(ValueError, match="tasks that generate are none"):
         select_tasks(model, ["tone"]).generate(**prompts)
 
 
 def test_an_encoder_writes_nothing():
     encoder = SCHEMES["hard"].from_backbone(make_plain("bert"), [TASKS[0], Task("words", "masked_lm")])
-    with pytest.raises(ValueError, match="task 'words' is masked_lm and does not generate text; tasks that do are none"):
+    with pytest.raises(
+        ValueError, match="task 'words' is masked_lm and does not generate text; tasks that do are none"
+    ):
         encoder.generate(**make_prompts(), task="words")
     with pytest.raises(ValueError, match=r"generate needs task=\.\.\.; tasks that generate are none"):
         encoder.generate(**make_prompts())
