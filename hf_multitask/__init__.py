@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .analysis.advisor import advise
     from .analysis.comparison import compare
     from .analysis.conflict import gradient_conflicts
+    from .analysis.grouping_run import group_tasks
     from .analysis.preflight import preflight
     from .analysis.routing import routing
     from .data.collator import DataCollatorForMultiTask
@@ -52,6 +53,7 @@ _HOMES = {
     "advise": "analysis.advisor",
     "compare": "analysis.comparison",
     "gradient_conflicts": "analysis.conflict",
+    "group_tasks": "analysis.grouping_run",
     "preflight": "analysis.preflight",
     "routing": "analysis.routing",
 }
@@ -81,6 +83,7 @@ __all__ = [
     "advise",
     "compare",
     "gradient_conflicts",
+    "group_tasks",
     "preflight",
     "routing",
 ]

@@ -156,10 +156,8 @@ class MultiTaskBalancing(Trainer):
     def _tables(self, model: Any) -> list[Any]:
         """Return the embedding table, where its gradient can come as sparse rows and nobody else adds to it."""
         embeddings = model.get_input_embeddings()
-        if model.backbone.config.is_encoder_decoder or (
-            model.lm_head is None and any(task.type.is_language for task in self.tasks)
-        ):
-            return []  # others look up in the table too, or predict with it, which adds a gradient of every row
+        if model.lm_head is None and any(task.type.is_language for task in self.tasks):
+            return []  # what is predicted with the table adds a gradient of every row
         if self.args.world_size > 1 or self.args.torch_compile or type(embeddings) is not nn.Embedding:
             return []
         if embeddings.max_norm is not None or embeddings.scale_grad_by_freq:

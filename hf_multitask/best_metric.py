@@ -47,7 +47,8 @@ def settle_best_metric(
     scheduled = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     up = greater_is_better(metric)
     if metric == "eval_average":
-        primaries = {t.name: primary_metric(t, t.name in compute_metrics) for t in tasks if not (t.auxiliary or t.held_out)}
+        counted = [task for task in tasks if not (task.auxiliary or task.held_out)]
+        primaries = {task.name: primary_metric(task, task.name in compute_metrics) for task in counted}
         directions = {greater_is_better(name) for name in primaries.values()}
         if len(directions) > 1:
             if given is None and not (args.load_best_model_at_end or args.save_strategy == "best" or scheduled):

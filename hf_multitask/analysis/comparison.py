@@ -21,7 +21,7 @@ import numpy as np
 from ..data.sampling import MIXING, mixing_probabilities
 from ..evaluation import check_compute_metrics
 from ..metrics import primary_metric
-from ..models.task import Task, closest
+from ..models.task import Task, TaskType, closest
 from ..recipe import Recipe, RecipeParts, build, load_recipe
 from .baselines import Planner, Run
 from .comparison_cost import measure_cost
@@ -33,7 +33,7 @@ __all__ = ["compare"]
 
 _RESULT = "comparison.json"
 _COST = "cost.json"
-_GENERATED = ("label_accuracy", "exact_match", "rouge_l")
+_WRITTEN = ("exact_match", "rouge_l")
 
 
 def compare(
@@ -89,8 +89,8 @@ def compare(
         raise ValueError("settings change a recipe's file; this recipe was read already")
     base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     parts = build(base)
-    tasks = _check_recipe(parts)
     custom = check_compute_metrics(compute_metrics, parts.model.tasks)
+    tasks = _check_recipe(parts, custom)
     critical = _check_critical(critical_tasks, tasks)
     folder = Path(output or Path("runs", f"{base.name}-comparison"))
     if folder.exists() and not folder.is_dir():
@@ -159,7 +159,7 @@ def _check_strategies(against: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _check_recipe(parts: RecipeParts) -> list[Task]:
+def _check_recipe(parts: RecipeParts, custom: Mapping[str, Any]) -> list[Task]:
     """Return the tasks that have baselines, after checking that they can be compared."""
     if parts.args.world_size > 1:
         raise ValueError("compare trains one run after the other on one process; start it without a launcher")
@@ -175,10 +175,15 @@ def _check_recipe(parts: RecipeParts) -> list[Task]:
         )
     for task in tasks:
         metric = primary_metric(task, custom=True)
-        if metric in _GENERATED:
+        if task.type.generates and metric in _WRITTEN:
             raise ValueError(
-                f"task {task.name!r}: {metric} comes from texts that a model writes, not from its outputs for each "
-                "row, which are what is compared; set metric: accuracy, perplexity or loss"
+                f"task {task.name!r}: {metric} comes from texts that a model writes, which runs of a comparison do not "
+                "keep; set metric: accuracy, perplexity or loss"
+            )
+        if task.type is TaskType.QUESTION_ANSWERING and task.name in custom:
+            raise ValueError(
+                f"task {task.name!r}: answers to questions are not kept, so compute_metrics cannot judge them anew; "
+                "leave it out"
             )
     return tasks
 

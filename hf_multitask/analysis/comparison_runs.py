@@ -22,10 +22,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import PrinterCallback
 
+from ..answer_metrics import answer_metrics
 from ..data.dataset import MultiTaskDataset
+from ..data.prompt_rows import ANSWER
+from ..data.span_answers import predict_answers
 from ..metrics import primary_metric
-from ..models.task import Task
+from ..models.task import Task, TaskType
 from ..recipe import RecipeParts, build
+from ..target_evaluation import part_of
 from ..trainer import MultiTaskTrainer
 from .baselines import Run
 from .resampled_metrics import RowOutputs
@@ -34,6 +38,7 @@ __all__ = ["FinishedRun", "build_run", "check_same_data", "finish_run", "read_ru
 
 _RUN = "run.json"
 _PREDICTIONS = "predictions.safetensors"
+_PARTS = ("predictions", "labels", "losses", "items")
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class FinishedRun:
     def outputs(self, task: str) -> RowOutputs:
         """Return what it gave for the validation rows of a task."""
         stored = load_file(self.folder / _PREDICTIONS)
-        return RowOutputs(**{part: stored[f"{task}/{part}"] for part in RowOutputs.__dataclass_fields__})
+        begin = f"{task}/scores/"
+        scores = {name.removeprefix(begin): value for name, value in stored.items() if name.startswith(begin)}
+        return RowOutputs(**{part: stored[f"{task}/{part}"] for part in _PARTS}, scores=scores)
 
 
 def finish_run(
@@ -164,8 +171,9 @@ def _train(run: Run, parts: RecipeParts, folder: Path, custom: Mapping[str, Any]
         # The recipe may name another metric later.
         usual = "" if task.name in custom else primary_metric(replace(task, metric=None))
         content["metrics"][task.name], content["primary"][task.name] = metrics, usual
-        for part in RowOutputs.__dataclass_fields__:
-            tensors[f"{task.name}/{part}"] = np.ascontiguousarray(getattr(outputs, part))
+        parts_of = {part: getattr(outputs, part) for part in _PARTS}
+        parts_of |= {f"scores/{name}": value for name, value in outputs.scores.items()}
+        tensors |= {f"{task.name}/{part}": np.ascontiguousarray(value) for part, value in parts_of.items()}
     save_file(tensors, folder / _PREDICTIONS)
     (folder / _RUN).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return trainer
@@ -177,7 +185,24 @@ def _judge(trainer: MultiTaskTrainer, dataset: MultiTaskDataset) -> Iterator[tup
         for task in source.tasks:
             if not (task.auxiliary or task.held_out):
                 logits, losses, items = outputs.predictions[task.name]
-                yield task, metrics[task.name], RowOutputs(logits, outputs.label_ids[task.name], losses, items)
+                scores = _score(trainer, task, part_of(dataset, source), logits)
+                if task.type is TaskType.QUESTION_ANSWERING:
+                    logits = logits[:, :0]  # large, and answers were found in them by now
+                own = {**metrics[task.name], **{name: float(np.mean(values)) for name, values in scores.items()}}
+                yield task, own, RowOutputs(logits, outputs.label_ids[task.name], losses, items, scores)
+
+
+def _score(trainer: MultiTaskTrainer, task: Task, rows: MultiTaskDataset, logits: np.ndarray) -> dict[str, np.ndarray]:
+    """Return metrics that no number of a single row tells, for each example."""
+    if task.type is TaskType.QUESTION_ANSWERING:
+        answers, references = predict_answers(task, rows.rows[0], list(logits))
+        found = [answer_metrics([one], [right]) for one, right in zip(answers, references or [], strict=True)]
+        return {name: np.array([values[name] for values in found]) for name in ("f1", "exact_match")}
+    if task.type.generates and task.labels:
+        ranked = trainer._evaluator(task).label_scores(rows)
+        wanted = [int(rows[number][ANSWER]) for number in range(len(rows))]
+        return {"label_accuracy": np.equal(np.argmax(ranked, axis=1), wanted).astype(np.float64)}
+    return {}
 
 
 def read_run(folder: Path, run: Run) -> FinishedRun | None:
@@ -214,7 +239,7 @@ def read_run(folder: Path, run: Run) -> FinishedRun | None:
                 raise fail(f"task {task!r} has no metric {metric!r}")
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise fail(f"metric {metric!r} of task {task!r} is {value}")
-        for part in RowOutputs.__dataclass_fields__:
+        for part in _PARTS:
             if f"{task}/{part}" not in stored:
                 raise fail(f"{_PREDICTIONS} lacks {part} of task {task!r}")
     return found

@@ -88,7 +88,7 @@ class RunStatistics:
         metric = runs[0].primary[task.name] or next(iter(metric_function(task, custom)(outputs[0].as_evaluated())))
         counted = [counted_metric(task, metric, own, custom) for own in outputs]
         self._metrics[task.name] = metric
-        self._examples[task.name] = len(outputs[0].losses)
+        self._examples[task.name] = outputs[0].examples(metric)
         everything = np.ones((1, self._examples[task.name]))
         values = np.array([float(function(everything)[0]) for function in counted])
         for number, run in enumerate(runs):

@@ -52,7 +52,7 @@ def cache_features(model: MultiTaskModel, batches: Iterable[Mapping[str, Any]]) 
     counts: dict[str, int] = {}
     for batch in batches:
         with _inputs_of_heads(model) as seen, torch.no_grad():
-            model(**move_to(model.device, {key: value for key, value in batch.items() if key != "labels"}))
+            model(**move_to(model.device, batch))
         for name, labels in batch["labels"].items():
             room = _MOST_ITEMS - counts.get(name, 0)
             features, targets = _items(name, cast(TaskHead, model.heads[name]), labels, *seen[name])

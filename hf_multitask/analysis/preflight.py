@@ -49,7 +49,7 @@ def preflight(
     recipe: str | Path | RecipeParts,
     settings: Sequence[str] = (),
     *,
-    budget_seconds: float = 120.0,
+    budget_seconds: float = 140.0,
     stream_rows: int = 1000,
     probe_rows: int = 64,
     seed: int = 0,

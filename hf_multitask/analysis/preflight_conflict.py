@@ -11,7 +11,15 @@ from .conflict import gradient_conflicts
 from .conflict_result import GradientConflicts
 from .preflight_result import Finding
 
-__all__ = ["Effort", "choose_effort", "conflict_findings", "measure_conflicts", "not_measured"]
+__all__ = [
+    "EFFORTS",
+    "Effort",
+    "choose_effort",
+    "conflict_findings",
+    "expected_seconds",
+    "measure_conflicts",
+    "not_measured",
+]
 
 
 class Effort(NamedTuple):
@@ -57,11 +65,16 @@ def choose_effort(
         smallest: Rows of the smallest source; batches hold different rows, where there are enough.
     """
     for effort in EFFORTS:
-        rows = effort.batches * effort.batch_size
-        cost = sum(f * (effort.warmup_rows + rows * (1 + _BACKWARD * tasks[source])) for source, f in forward.items())
-        if cost <= seconds and (rows <= smallest or effort is EFFORTS[-1]):
+        fits = effort.batches * effort.batch_size <= smallest or effort is EFFORTS[-1]
+        if fits and expected_seconds(effort, forward, tasks) <= seconds:
             return effort
     return None
+
+
+def expected_seconds(effort: Effort, forward: Mapping[str, float], tasks: Mapping[str, int]) -> float:
+    """Return how long a measurement takes; the arguments are those of [`choose_effort`]."""
+    rows = effort.batches * effort.batch_size
+    return sum(f * (effort.warmup_rows + rows * (1 + _BACKWARD * tasks[source])) for source, f in forward.items())
 
 
 def measure_conflicts(

@@ -15,7 +15,14 @@ from torch import Tensor
 from ..data.dataset import MultiTaskDataset
 from ..recipe import RecipeParts
 from ..trainer import MultiTaskTrainer
-from .preflight_conflict import choose_effort, conflict_findings, measure_conflicts, not_measured
+from .preflight_conflict import (
+    EFFORTS,
+    choose_effort,
+    conflict_findings,
+    expected_seconds,
+    measure_conflicts,
+    not_measured,
+)
 from .preflight_losses import Probe, loss_findings, scaled_losses, start_losses
 from .preflight_memory import activation_bytes, available_memory, estimate_memory, memory_findings
 from .preflight_plan import SamplingPlan, compare_strategies, make_plan, plan_findings
@@ -25,7 +32,7 @@ from .preflight_trial import run_trial, time_findings, trial_findings
 __all__ = ["PreflightRun", "measure", "name_of"]
 
 _TRIAL_STEPS = 100
-_CONFLICT_TIME = 0.4  # of the time that is left when it begins
+_CONFLICT_TIME = 0.5  # of the time that is left when it begins
 _PROBE_TIME = 0.08  # as above; it is measured twice
 _FEW_ROWS = 8  # of each source
 _MOST_STEPS_LOOKED_AT = 1000
@@ -168,7 +175,8 @@ def _conflict(
     elif lacking + 4 * shared * len(model.tasks) > 0:
         reason = "there is not enough memory for the gradients of all tasks"
     elif effort is None:
-        reason = "there is no time left; give more --budget-seconds"
+        least = expected_seconds(EFFORTS[-1], probe.seconds_per_row, tasks)
+        reason = f"it takes at least {least:.0f} s, too much of what is left; give more --budget-seconds"
     else:
         found = measure_conflicts(model, rows, parts.tokenizer, effort, parts.args.max_length, seed)
         if not isinstance(found, str):

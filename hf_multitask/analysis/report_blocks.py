@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["MISSING", "Figure", "Section", "Table", "big", "change", "duration", "number", "percent", "signed"]
+__all__ = ["MISSING", "NONE", "Code", "Figure", "Section", "Table"]
+__all__ += ["big", "change", "duration", "number", "percent", "seconds", "signed"]
 
 MISSING = "missing"
 NONE = "-"
@@ -47,26 +48,41 @@ class Figure:
 
     Args:
         svg: The picture, an `svg` element.
-        title: What it is of; a task, a layer or a run.
+        title: What it is of: a task, a layer, a run or a quantity.
+        note: A sentence on what is drawn.
         wide: Whether it needs the whole width of a page.
     """
 
     svg: str
     title: str = ""
+    note: str = ""
     wide: bool = False
 
 
 @dataclass(frozen=True)
+class Code:
+    """Text to be shown as it is, on demand.
+
+    Args:
+        title: What it is.
+        text: The text.
+    """
+
+    title: str
+    text: str
+
+
+@dataclass
 class Section:
     """A part of a page.
 
     Args:
         title: Its heading.
-        blocks: Sentences, tables, lists of figures (one beside the other), in order.
+        blocks: Sentences, tables, lists of figures (one beside the other), text as it is, in order.
     """
 
     title: str
-    blocks: list[str | Table | list[Figure]] = field(default_factory=list)
+    blocks: list[str | Table | list[Figure] | Code] = field(default_factory=list)
 
     @property
     def anchor(self) -> str:
@@ -89,13 +105,15 @@ def number(value: float | None, missing: str = MISSING) -> str:
         return f"{value:.2e}"
     if abs(value) >= 100:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
-    return f"{value:.2g}" if abs(value) < 1e-2 else f"{value:.3f}"
+    return f"{value:.2g}" if abs(value) < 1e-3 else f"{value:.3f}"
 
 
 def signed(value: float | None, missing: str = MISSING) -> str:
     """Return a difference of metrics, with its sign."""
     if value is None:
         return missing
+    if value == 0:
+        return "0.000"
     return f"{value:+.2g}" if 0 < abs(value) < 5e-4 else f"{value:+.3f}"
 
 
@@ -117,16 +135,23 @@ def big(value: float | None, missing: str = MISSING) -> str:
     return missing if value is None else f"{value:,.0f}"
 
 
-def duration(seconds: float | None, missing: str = MISSING) -> str:
+def seconds(value: float | None, missing: str = MISSING) -> str:
+    """Return a time, or anything else per second, with a decimal; three below 10."""
+    if value is None:
+        return missing
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def duration(took: float | None, missing: str = MISSING) -> str:
     """Return a time as people say it.
 
     Example:
         >>> duration(4.25), duration(318), duration(9000)
         ('4.2 s', '5 min 18 s', '2 h 30 min')
     """
-    if seconds is None:
+    if took is None:
         return missing
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    if took < 60:
+        return f"{took:.1f} s"
+    minutes, rest = divmod(round(took), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -24,6 +24,7 @@ __all__ = ["COLOURS", "Interval", "Line", "draw_heat", "draw_intervals", "draw_l
 
 COLOURS = ("#3f7fd0", "#d0691a", "#2c9650", "#9569d3", "#d6455a", "#1f93a3", "#a3744a", "#cc5ba5", "#7c858f", "#8b9020")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))
+_MARKERS = "osD^vP"
 _INK = "#0b0c0d"  # stands for the colour of the text around the picture
 _MOST_POINTS = 400  # of a line
 _WIDE = 50.0  # from the smallest to the largest value: then the axis is logarithmic
@@ -135,7 +136,7 @@ def draw_heat(
         values: `[R, C]`; cells that are NaN stay empty.
         rows: R names.
         columns: C names.
-        texts: What is written into each cell.
+        texts: What is written into each cell; where nothing is, a scale of the colours stands beside the map.
         alt: The picture in words.
         x_label: What the columns are.
         diverging: Whether values lie between -`largest` and `largest`: red below 0, blue above. Else from 0 on.
@@ -152,9 +153,9 @@ def draw_heat(
         width = 0.9 + 0.055 * max(map(len, rows)) + max(0.5 * len(columns), 1.2)
         figure = new_figure(width, 0.7 + 0.34 * len(rows) + 0.03 * max(map(len, columns)))
         axis = figure.add_subplot()
-        colours = colormaps["RdBu" if diverging else "Blues"]
+        colours = colormaps["RdBu" if diverging else "Blues"].resampled(41)
         scale = Normalize(-largest if diverging else 0.0, largest)
-        axis.pcolormesh(shown, cmap=colours, norm=scale, edgecolors="#ffffff", linewidth=1.0)
+        cells = axis.pcolormesh(shown, cmap=colours, norm=scale, edgecolors="#ffffff", linewidth=1.0)
         axis.invert_yaxis()
         turned = len(columns) > 1 and max(map(len, columns)) > 4
         turn = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if turned else {}
@@ -163,6 +164,8 @@ def draw_heat(
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
         axis.set_xlabel(x_label)
+        if not any(any(row) for row in texts):  # then the colours alone must say it
+            figure.colorbar(cells, ax=axis, shrink=0.8)
         for i, j in np.argwhere(~np.ma.getmaskarray(shown)):
             red, green, blue, _ = colours(scale(values[i, j]))
             light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
@@ -183,20 +186,21 @@ def draw_intervals(intervals: Sequence[Interval], alt: str) -> str:
     """
     with _own_style():
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import PercentFormatter
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-        figure = new_figure(5.6, 1.15 + 0.32 * len(intervals))
+        figure = new_figure(4.4, 1.3 + 0.3 * len(intervals))
         axis = figure.add_subplot()
         axis.axvline(0, color=_INK, linewidth=0.8)
         for y, one in enumerate(intervals):
             marker, colour = _VERDICTS[one.verdict]
-            axis.barh(y, 2 * one.margin, left=-one.margin, height=0.8, color=_INK, alpha=0.1, linewidth=0)
+            axis.barh(y, 2 * one.margin, left=-one.margin, height=1.0, color=_INK, alpha=0.1, linewidth=0)
             axis.plot([one.low, one.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
             axis.plot([one.value], [y], marker, color=colour, markersize=6)
         axis.set_yticks(range(len(intervals)), [one.name for one in intervals])
         axis.set_ylim(len(intervals) - 0.4, -0.6)
+        axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.set_xlabel("multi-task less single-task, in % of the single-task metric")
+        axis.set_xlabel("multi-task less single-task, % of the single-task metric")
         axis.grid(True, axis="x", alpha=0.15, linewidth=0.8)
         present = [name for name in _VERDICTS if any(one.verdict == name for one in intervals)]
         handles: list[Any] = [
@@ -204,7 +208,7 @@ def draw_intervals(intervals: Sequence[Interval], alt: str) -> str:
         ]
         band = axis.barh([-5], [0], color=_INK, alpha=0.1)
         figure.legend(
-            [*handles, band], [*present, "does not matter"], loc="outside lower center", ncols=5, columnspacing=1.2
+            [*handles, band], [*present, "does not matter"], loc="outside lower center", ncols=3, columnspacing=1.2
         )
         return _as_svg(figure, alt)
 
@@ -219,7 +223,7 @@ def _draw_line(axis: Any, line: Line) -> Any:
         color=COLOURS[line.colour % len(COLOURS)],
         linestyle=_DASHES[line.dash % len(_DASHES)],
         linewidth=1.4,
-        marker="o" if line.marked or len(x) == 1 else None,
+        marker=_MARKERS[line.colour % len(_MARKERS)] if line.marked or len(x) == 1 else None,
         markersize=3.5,
     )
     return drawn
@@ -237,7 +241,7 @@ def _own_style() -> Iterator[None]:
     import matplotlib
 
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    style: dict[str, Any] = {name: _INK for name in ink}
+    style: Any = {name: _INK for name in ink}
     style |= {"text.parse_math": False, "text.usetex": False, "svg.fonttype": "none", "svg.hashsalt": "hf_multitask"}
     style |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     style |= {"axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none"}
@@ -268,12 +272,14 @@ def _as_svg(figure: Any, alt: str) -> str:
                 element.set(key, shown.replace(_INK, "currentColor").replace("url(#", f"url(#{prefix}"))
             else:
                 element.set(key, value.replace("url(#", f"url(#{prefix}"))
-    for metadata in root.findall(f"{{{_SVG}}}metadata"):
-        root.remove(metadata)
+    for place, name in ((root, "metadata"), (root.find(f"{{{_SVG}}}defs"), "style")):
+        for element in [] if place is None else place.findall(f"{{{_SVG}}}{name}"):
+            place.remove(element)  # type: ignore[union-attr]
     width, height = (float(part) for part in root.attrib["viewBox"].split()[2:])
     root.attrib.pop("version", None)
     root.set("width", f"{width * _PIXELS:.0f}")
     root.set("height", f"{height * _PIXELS:.0f}")
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
     root.set("role", "img")
     root.set("aria-label", alt)
     ElementTree.register_namespace("", _SVG)

@@ -11,8 +11,8 @@ The values are those of [`hf_multitask.metrics`] on the drawn rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,19 @@ class RowOutputs:
         labels: `[N]`, `[N, C]` or `[N, L]`.
         losses: `[N]`, summed over the items of each row.
         items: `[N]`, labelled items of each row.
+        scores: By metric that is a mean over examples which these numbers do not tell, its value for each: answers to
+            questions, whose examples are not the rows but the questions, and the likeliest of some targets.
     """
 
     predictions: np.ndarray
     labels: np.ndarray
     losses: np.ndarray
     items: np.ndarray
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def examples(self, metric: str) -> int:
+        """Return over how many examples a metric goes."""
+        return len(self.scores.get(metric, self.losses))
 
     def as_evaluated(self, rows: Any = slice(None)) -> EvalPrediction:
         """Return what a metric function is given for some rows."""
@@ -58,6 +65,8 @@ def counted_metric(task: Task, metric: str, outputs: RowOutputs, custom: Any = N
         outputs: What a model gave for its rows.
         custom: The user's own metric function, or None; see [`hf_multitask.metrics.metric_function`].
     """
+    if metric in outputs.scores:
+        return _of_sums(outputs.scores[metric][:, None], lambda s: s[..., 0] / outputs.examples(metric))
     if metric == "loss" or (metric == "perplexity" and task.type.is_language and custom is None):
         mean = _of_sums(np.stack([outputs.losses, outputs.items], 1), lambda s: _divide(s[..., 0], s[..., 1]))
         return mean if metric == "loss" else lambda counts: np.exp(np.minimum(mean(counts), 700.0))
@@ -237,6 +246,7 @@ _BUILDERS: dict[TaskType, Callable[[Task, str, np.ndarray, np.ndarray], CountedM
     TaskType.MULTI_LABEL_CLASSIFICATION: _multi_label,
     TaskType.REGRESSION: _regression,
     TaskType.TOKEN_CLASSIFICATION: _token_labels,
+    TaskType.MULTIPLE_CHOICE: _single_label,
     TaskType.MASKED_LM: _language,
     TaskType.CAUSAL_LM: _language,
     TaskType.SEQ2SEQ_LM: _language,

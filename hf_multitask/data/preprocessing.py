@@ -20,6 +20,7 @@ from ..models.heads import IGNORE_INDEX
 from ..models.scheme import SharingScheme
 from ..models.task import TaskType
 from .all_rows import make_row_encoder
+from .packing import keeps_rows_apart
 from .row_encoding import RowEncoder
 from .sources import Source, label_key
 
@@ -61,6 +62,11 @@ def check_packing(model: Any, packing: bool) -> None:
         raise ValueError(
             f"packing=True does not go with {type(model).__name__}, which cannot keep the rows of a sequence apart; "
             "use hard sharing, soft sharing or adapters, or leave packing out"
+        )
+    if not keeps_rows_apart(model):
+        raise ValueError(
+            f"packing=True does not go with backbone {model.config.backbone_config.model_type!r}, whose attention does "
+            "not keep apart the texts of a sequence by their positions; leave packing out, or take another backbone"
         )
 
 

@@ -7,14 +7,14 @@ come before the first one that is predicted. So the loss is on the target only.
 Prompt and target are tokenized apart, exactly as at generation, where the target is not there. The end of the target is
 the tokenizer's end-of-sequence token (what ends a turn, in a chat). Where a row is too long, the longest of its text
 columns loses its end, so that a template's own words stay; if that is not enough (or in chats that come as messages)
-the prompt loses tokens on its left; only a target that is too long by itself is cut. A target that was cut teaches the model never to end: such
-rows are counted, and more than one in a hundred are refused.
+the prompt loses tokens on its left; only a target that is too long by itself is cut. A target that was cut teaches the
+model never to end: such rows are counted, and more than one in a hundred are refused.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,18 +55,17 @@ class PromptRows(RowEncoder):
             if column not in columns:
                 what = "prompt asks for a column" if self.task.prompt else "no text column"
                 raise ValueError(f"task {self.task.name!r}: {what} {column!r}; columns are {', '.join(columns)}")
-        self.messages = _is_chat(columns[self.task.text_columns[0]])
+        self.messages = _is_chat(columns[self.task.text_columns[0]]) and self.task.prompt is None
         self.column: str | None = self.task.label_column  # of the targets
         if self.messages and self.task.type is TaskType.SEQ2SEQ_LM and self.column not in columns:
             self.column = None  # the last message is the target
+        self._check_columns(columns)
         super().__init__(columns, source, None if self.column is None else labels, max_length)
         self.tokenizer, self.seed = tokenizer, seed
-        self.names: list[str] | None = None
+        self.names = {name: feature.names for name, feature in columns.items() if isinstance(feature, ClassLabel)}
         self.with_target = self.messages and labels is not False
         if self.column is not None:
             self.with_target = labels is not False and self.column in columns
-            feature = columns.get(self.column)
-            self.names = feature.names if isinstance(feature, ClassLabel) else None
         elif not self.messages:
             self.with_target = labels is not False
         if (self.messages or self.task.chat) and not tokenizer.chat_template:
@@ -79,6 +78,36 @@ class PromptRows(RowEncoder):
                 f"task {self.task.name!r}: tokenizer {type(tokenizer).__name__} has no end-of-sequence token, so that "
                 "no target would end; set tokenizer.eos_token"
             )
+
+    def _check_columns(self, columns: Features) -> None:
+        """Raise ValueError where columns hold what cannot be read, or would not be read."""
+        task = self.task
+        for column in task.text_columns:
+            feature = columns[column]
+            inner = feature.feature if isinstance(feature, List) else feature
+            if not isinstance(inner, (Value, ClassLabel)) and not self.messages:
+                chat = "" if task.prompt else ", or chat messages (dictionaries with role and content)"
+                raise ValueError(
+                    f"task {task.name!r}: column {column!r} must hold texts, numbers or lists of words{chat}; it has "
+                    f"the type {feature}"
+                )
+        if self.messages and self.column is not None:
+            raise ValueError(
+                f"task {task.name!r}: column {task.text_columns[0]!r} holds chat messages, the last of which is the "
+                f"target: {self.column!r} would not be read, leave out label_column (and that column)"
+            )
+        if task.chat and not self.messages and self.column is None:
+            raise ValueError(
+                f"task {task.name!r}: chat=True needs a target for the assistant to say; give prompt or label_column"
+            )
+        numbers = [label for label in task.labels or () if label.isdecimal()]
+        feature = columns.get(str(self.column))
+        if numbers and isinstance(feature, Value) and "int" in feature.dtype:
+            if list(task.labels or ()) != [str(number) for number in range(len(task.labels or ()))]:
+                raise ValueError(
+                    f"task {task.name!r}: column {self.column!r} holds whole numbers, and label {numbers[0]!r} is one "
+                    "too: they could be ids or names; make the column strings, or a ClassLabel"
+                )
 
     @property
     def _has_prompt(self) -> bool:
@@ -132,13 +161,18 @@ class PromptRows(RowEncoder):
             if values[column] is None:
                 raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
         if task.prompt is None:
-            prompt = "\n".join(_plain_text(values[column]) for column in task.text_columns)
+            prompt = "\n".join(self._cell(values, column) for column in task.text_columns)
         else:
-            prompt = self._template(row).format(**{column: _plain_text(values[column]) for column in task.text_columns})
+            prompt = self._template(row).format(**{column: self._cell(values, column) for column in task.text_columns})
         if self.column is None:
             return prompt, None
         target = self._verbalize(values[self.column], row) if self.with_target else None
         return ([{"role": "user", "content": prompt}] if task.chat else prompt), target
+
+    def _cell(self, values: Mapping[str, Any], column: str) -> str:
+        """Return a cell as text: a label's name for the id of a `ClassLabel`."""
+        value, names = values[column], self.names.get(column, ())
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else _plain_text(value)
 
     def _template(self, row: int) -> str:
         prompts = self.task.prompt or ()
@@ -167,8 +201,13 @@ class PromptRows(RowEncoder):
     def _verbalize(self, value: Any, row: int) -> str:
         """Return a target as text: a label's name for its id."""
         column, labels = self.column, self.task.labels
-        names = self.names or (list(labels) if labels else None)
-        if isinstance(value, int) and not isinstance(value, bool) and names is not None and 0 <= value < len(names):
+        names = self.names.get(str(column), list(labels or ()))
+        if isinstance(value, int) and not isinstance(value, bool) and names:
+            if not 0 <= value < len(names):
+                raise ValueError(
+                    f"task {self.task.name!r}: target {value!r} in row {row} of column {column!r} is not an id of its "
+                    f"{len(names)} labels (0 to {len(names) - 1}); rows without a target must be filtered out"
+                )
             value = names[value]
         text = "" if value is None else _plain_text(value)
         if not text.strip():
@@ -202,8 +241,8 @@ class PromptRows(RowEncoder):
             excess = len(self._prompt_tokens(prompt)) + behind - self.max_length
             if excess <= 0 or self.messages:
                 break
-            column = max(self.task.text_columns, key=lambda name: len(_plain_text(values[name])))
-            tokens = self.tokenizer(_plain_text(values[column]), add_special_tokens=False)["input_ids"]
+            column = max(self.task.text_columns, key=lambda name: len(self._cell(values, name)))
+            tokens = self.tokenizer(self._cell(values, column), add_special_tokens=False)["input_ids"]
             if len(tokens) <= excess:
                 break
             shorter = self.tokenizer.decode(tokens[: len(tokens) - excess], skip_special_tokens=True)
@@ -226,17 +265,25 @@ class PromptRows(RowEncoder):
 
     def check(self, rows: Any) -> None:
         """Raise ValueError where too many targets were cut; `rows` is the prepared table."""
-        if not self.with_target or not self._has_prompt:
-            return
-        lengths = np.asarray([len(ids) for ids in rows.column("input_ids").to_pylist()])
-        starts = rows.column(label_key(self.task.name)).to_numpy()
-        # A cut target fills all that is left behind one token of its prompt.
-        cut = int(((lengths == self.max_length) & (starts == 1)).sum())
-        if cut > MOST_CUT * len(lengths):
+        names = ["input_ids", label_key(self.task.name)]
+        if self.with_target and self._has_prompt:
+            self.check_cut(self.cut_targets({name: rows.column(name).to_pylist() for name in names}), len(rows))
+
+    def check_cut(self, cut: int, seen: int, at_least: int = 0) -> None:
+        """Raise ValueError where too many targets were cut of the rows that were seen; see [`RowEncoder`]."""
+        if cut > MOST_CUT * max(seen, at_least):
             raise ValueError(
-                f"task {self.task.name!r}: {cut} of {len(lengths)} targets do not fit into max_length="
-                f"{self.max_length} tokens and would be cut; raise max_length, or filter long targets out"
+                f"task {self.task.name!r}: {cut} of {seen} targets do not fit into max_length={self.max_length} "
+                "tokens and would be cut; raise max_length, or filter long targets out"
             )
+
+    def cut_targets(self, columns: Mapping[str, Sequence[Any]]) -> int:
+        """Return of how many prepared rows the target was cut: it fills all behind one token, and has no end."""
+        if not self.with_target or not self._has_prompt:
+            return 0
+        end, most = self.tokenizer.eos_token_id, self.max_length
+        rows = zip(columns["input_ids"], columns[label_key(self.task.name)], strict=True)
+        return sum(start == 1 and len(ids) == most and (ids[-1] != end or most == 1) for ids, start in rows)
 
 
 def _plain_text(value: Any) -> str:

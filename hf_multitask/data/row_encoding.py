@@ -17,7 +17,7 @@ from .sources import Source, label_key
 
 __all__ = ["RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
 
-_VERSION = 3  # part of the cache key: raise it when the prepared form changes
+_VERSION = 4  # part of the cache key: raise it when the prepared form changes
 
 
 class RowEncoder:
@@ -74,6 +74,19 @@ class RowEncoder:
     def check(self, rows: Any) -> None:
         """Raise ValueError where a prepared table as a whole is of no use."""
 
+    def cut_targets(self, columns: Mapping[str, Sequence[Any]]) -> int:
+        """Return of how many prepared rows, given by columns, the target was cut."""
+        return 0
+
+    def check_cut(self, cut: int, seen: int, at_least: int = 0) -> None:
+        """Raise ValueError where too many targets were cut of the rows that were seen.
+
+        Args:
+            cut: Targets that were cut.
+            seen: Rows so far.
+            at_least: Rows that there are surely going to be.
+        """
+
     def key(self) -> list[Any]:
         """Return what the result depends on, besides the dataset."""
         return [
@@ -123,6 +136,7 @@ class TextRows(RowEncoder):
                     f"task {task.name!r}: column {self.columns[0]!r} must hold lists of words, one per tag"
                 )
         self.tokenizer = tokenizer
+        self.special_ids = frozenset(tokenizer.all_special_ids)
         pair = len(self.columns) == 2
         self.special_tokens = tokenizer.num_special_tokens_to_add(pair=pair)
         if max_length <= self.special_tokens:
@@ -140,6 +154,7 @@ class TextRows(RowEncoder):
             self.columns,
             self.max_length,
             self.has_token_types,
+            sorted(self.special_ids),
             side,
             tokenizer_key(self.tokenizer),
         ]
@@ -167,7 +182,9 @@ class TextRows(RowEncoder):
             result["token_type_ids"] = encoded["token_type_ids"]
         for task in self.labelled:
             if task.type is TaskType.MASKED_LM:
-                result[label_key(task.name)] = [word_numbers(encoded.word_ids(i)) for i in range(len(indices))]
+                result[label_key(task.name)] = [
+                    self._words(encoded.word_ids(i), ids) for i, ids in enumerate(encoded["input_ids"])
+                ]
                 continue
             encoder = self.encoders[task.name]
             labels = encoder.encode(batch[encoder.column], indices[0])
@@ -181,6 +198,11 @@ class TextRows(RowEncoder):
                 labels = [first_subword_labels(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
             result[label_key(task.name)] = labels
         return result
+
+    def _words(self, word_ids: Sequence[int | None], ids: Sequence[int]) -> list[int]:
+        """Return the number of each token's word; unknown words and special tokens in the text itself are none."""
+        pairs = zip(word_ids, ids, strict=True)
+        return word_numbers([None if token in self.special_ids else word for word, token in pairs])
 
 
 class TokenizedRows(RowEncoder):

@@ -9,12 +9,12 @@ teaches the model never to end: such rows are counted, and more than one in a hu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Features, List, Value
 
-from .prompt_rows import ANSWER, MOST_CUT, PromptRows
+from .prompt_rows import ANSWER, PromptRows
 from .sources import label_key
 
 __all__ = ["Seq2SeqRows", "answer_ids"]
@@ -71,17 +71,10 @@ class Seq2SeqRows(PromptRows):
             return self.tokenizer(text, **options)["input_ids"]
         return self._prompt_tokens(text)[-self.max_length :]
 
-    def check(self, rows: Any) -> None:
-        """Raise ValueError where too many targets were cut; `rows` is the prepared table."""
-        if not self.with_target:
-            return
-        targets = rows.column(label_key(self.task.name)).to_pylist()
-        cut = sum(not _ends(self.tokenizer, target) for target in targets)
-        if cut > MOST_CUT * len(targets):
-            raise ValueError(
-                f"task {self.task.name!r}: {cut} of {len(targets)} targets do not fit into max_length="
-                f"{self.max_length} tokens and would be cut; raise max_length, or filter long targets out"
-            )
+    def cut_targets(self, columns: Mapping[str, Sequence[Any]]) -> int:
+        """Return of how many prepared rows the target was cut."""
+        targets = columns[label_key(self.task.name)] if self.with_target else ()
+        return sum(not _ends(self.tokenizer, target) for target in targets)
 
 
 def answer_ids(tokenizer: Any, target: str) -> list[int]:

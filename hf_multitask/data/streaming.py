@@ -29,6 +29,7 @@ from .sources import Source
 __all__ = ["Stream", "StreamSampler", "StreamingMixture", "is_stream", "prepare_streams", "stream_sizes"]
 
 _FIRST_ROWS = 32  # looked at before training starts
+_FEW_ROWS = 500  # of fewer rows than this no share can be told
 
 
 def is_stream(datasets: Mapping[str, Any]) -> bool:
@@ -109,6 +110,7 @@ class Stream:
         # The content of a buffer is in no state.
         self._has_buffer = any("BufferShuffled" in type(step).__name__ for step in steps)
         generators = [step.generator for step in steps if hasattr(step, "generator")]
+        self._seen = self._cut = 0
         self.shuffle_key = zlib.crc32(repr([generator.bit_generator.state for generator in generators]).encode())
         self.restart()
 
@@ -174,6 +176,8 @@ class Stream:
         columns = {name: [row.get(name) for row in raw] for name in raw[0]}
         try:
             encoded = self.encoder(columns, list(range(first, first + len(raw))))
+            self._seen, self._cut = self._seen + len(raw), self._cut + self.encoder.cut_targets(encoded)
+            self.encoder.check_cut(self._cut, self._seen, _FEW_ROWS)
         except ValueError as error:
             raise ValueError(f"{self.where}, pass {self.number}: {error}") from None
         names = list(encoded)
@@ -324,7 +328,8 @@ def prepare_streams(
                     f"task {source.tasks[0].name!r}: {source.tasks[0].type} does not go with streamed datasets: a long "
                     "text gives several rows; load all training data as datasets that are no streams (streaming=False)"
                 )
-            encoder({name: [row.get(name) for row in first] for name in first[0]}, list(range(len(first))))
+            found = encoder({name: [row.get(name) for row in first] for name in first[0]}, list(range(len(first))))
+            encoder.check_cut(encoder.cut_targets(found), len(first), 100)  # one by itself says nothing
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         streams.append(Stream(source, dataset, encoder, where, num_processes, process_index))

@@ -100,6 +100,11 @@ class ConstructedModel(SharingScheme):
         made, lacking = cls.over_backbone(backbone, tasks, backbone_kwargs or {}, options)
         if lacking:
             source = backbone if isinstance(backbone, str) else type(backbone).__name__
+            if cls.freezes_backbone and "lm_head.weight" in lacking:
+                raise ValueError(
+                    f"{source} comes without lm_head.weight, the table that tokens are predicted with, which "
+                    f"{cls.__name__} would leave as it starts, at random; give a checkpoint that has it"
+                )
             logger.warning(
                 f"{source} comes without {', '.join(lacking)} of a language model's head: they start at random"
             )

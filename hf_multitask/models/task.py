@@ -134,7 +134,7 @@ class Task:
     prompt: tuple[str, ...] | None = None
     chat: bool = False
     held_out: bool = False
-    generation: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     mlm_probability: float = 0.15
     whole_words: bool = False
     stride: int = 128
@@ -154,7 +154,7 @@ class Task:
                 f"types are {', '.join(known)}"
             ) from None
         text_columns = (self.text_columns,) if isinstance(self.text_columns, str) else self.text_columns
-        if self.prompt is not None:
+        if isinstance(self.prompt, (str, list, tuple)):
             self._set("prompt", (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt))
         self._set("type", task_type)
         self._set("labels", None if self.labels is None else self._check_labels(self.labels))

@@ -40,7 +40,8 @@ def template_fields(template: str) -> list[str]:
     for _, name, form, conversion in string.Formatter().parse(template):
         if name is None:
             continue
-        if not name or not all(part.isalnum() for part in name.split("_") if part) or form or conversion:
+        plain = name.replace("_", "").isalnum() and not name.isdecimal()  # a number counts arguments
+        if not plain or form or conversion:
             raise ValueError(f"{{{name}}} is no plain name of a column")
         names.append(name)
     return list(dict.fromkeys(names))
@@ -71,7 +72,8 @@ def check_type_options(task: Any) -> str | None:
         return f"generation must be a dictionary of arguments of generate, got {task.generation!r}"
     if task.prompt is None:
         return None
-    if not task.prompt or not all(isinstance(template, str) and template for template in task.prompt):
+    templates = task.prompt if isinstance(task.prompt, tuple) else ()
+    if not templates or not all(isinstance(template, str) and template for template in templates):
         return f"prompt must be a template or a list of templates, got {task.prompt!r}"
     for template in task.prompt:
         try:

@@ -2,10 +2,11 @@
 
     python recipes/benchmarks/sharing_quickstart.py [--schemes hard soft ...] [--write]
 
-Every scheme runs `recipes/quickstart.yaml` with nothing changed but `model.sharing` and learning rates: where the
-backbone is frozen, that of what stands beside it; under soft sharing, where few rows reach each encoder, that of the
-heads. The baseline answers with the most frequent label, or the mean, of the training rows; for entities that is no
-entity at all. Schemes that are left out keep what is recorded of them.
+Every scheme runs `recipes/quickstart.yaml` with nothing changed but `model.sharing` and, for some, learning rates and
+the mixture: where the backbone is frozen, what stands beside it bears a larger rate; and few rows of the smallest task
+reach the encoder or the adapter that is its own, so that soft sharing and adapters read all datasets alike. The
+settings of each stand beside its result. The baseline answers with the most frequent label, or the mean, of the
+training rows; for entities that is no entity at all. Schemes that are left out keep what is recorded of them.
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ from typing import Any
 from common import describe, write_result
 
 RECIPE = Path(__file__).parents[1] / "quickstart.yaml"
+UNIFORM = ("training.task_sampling=uniform", "training.task_sampling_kwargs={}")
 SETTINGS: dict[str, list[str]] = {
     "hard": [],
-    "soft": ["training.head_learning_rate=0.005"],
+    "soft": ["training.learning_rate=0.0005", "training.head_learning_rate=0.002", *UNIFORM],
     "conditioned": [],
     "prefix": ["training.learning_rate=0.01"],
     "adapter": [
-        "training.learning_rate=0.003",
-        "training.head_learning_rate=0.005",
-        "model.rank=8",
-        "model.shared_rank=8",
+        *("training.learning_rate=0.003", "training.head_learning_rate=0.005", *UNIFORM),
+        *("model.rank=8", "model.shared_rank=8"),
     ],
     "mixture_of_experts": ["model.num_experts=4", "model.experts_per_token=1"],
 }

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import BACKBONES, make_datasets, make_tokenizer
-from transformers import LlamaForCausalLM
+from conftest import _SMALL, BACKBONES, make_datasets, make_tokenizer
+from questions import question_datasets
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hf_multitask
@@ -321,6 +322,23 @@ def test_the_numbers_belong_together(first):
         assert uniform["tasks"][task.task].difference == pytest.approx(task.multi - uniform["metrics"][task.task])
 
 
+def test_both_models_are_judged_on_the_same_draws(first):
+    """A model against itself: no draw shows a difference, though its metric varies from draw to draw."""
+    planner = make_planner(first[0] / "job.yaml")
+    parts, folder = build(planner.recipe), first[0] / "compared" / "runs"
+    runs = {task: [finish_run(planner.multi(seed), parts, folder) for seed in (0, 1)] for task in TASKS}
+    statistics = RunStatistics(planner.tasks, {"multi": runs, "single": runs}, (0, 1), 0.02, 200, 0.95, {})
+    budgets = dict.fromkeys(TASKS, Budget(1, 1, 1, 1))
+    for task in statistics.tasks_against_baselines(budgets):
+        assert task.difference == 0 and task.interval == (0, 0) and task.verdict == "equal"
+    assert statistics.delta_m() == {"value": 0.0, "interval": [0.0, 0.0]}
+    drawn = statistics._draws["multi"]
+    assert (drawn.std(-1) > 0.005).all()
+    # Tasks on the same rows are drawn together, so that what both find hard does not count twice in Δm.
+    mean = (drawn[0, 0] + drawn[1, 0]).std() - np.hypot(drawn[0, 0].std(), drawn[1, 0].std())
+    assert abs(mean) > 1e-6
+
+
 def test_less_is_better_where_it_is(copy, count_trainings):
     recipe, output = copy
     settings = ["tasks.strength.metric=mse", "tasks.tone.metric=loss"]
@@ -493,6 +511,67 @@ def test_every_scheme_has_its_baselines(tmp_path, first, sharing):
     assert alone.model["sharing"] == (sharing if sharing in ("adapter", "prefix") else "hard")
     found = compare(first[0] / "job.yaml", seeds=[0], settings=settings, output=tmp_path / "compared")
     assert found.cost["parameters"]["multi"] > 0 and len(found.verdicts) == 3
+
+
+def write_tasks(folder: Path, backbone, tasks: list[dict], datasets: dict, **training) -> Path:
+    """Write a recipe of other tasks over another backbone."""
+    path = write_recipe(folder, max_steps=3, **training)
+    torch.manual_seed(0)
+    backbone.save_pretrained(folder / "backbone")
+    for name, parts in datasets.items():
+        for split, rows in zip(("train", "validation"), parts, strict=True):
+            rows.to_json(folder / f"{name}-{split}.jsonl")
+    recipe = yaml.safe_load(path.read_text())
+    recipe["tasks"] = [recipe["tasks"][0], *({**t, "dataset": f"{folder}/{t['dataset']}"} for t in tasks)]
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def check_numbers(path: Path, output: Path, metrics: dict[str, str], examples: dict[str, int]) -> Comparison:
+    """Check that a comparison of one seed has the metrics that a plain run has, of as many examples."""
+    found = compare(path, seeds=[0], output=output)
+    run_recipe(path, ["training.seed=0"])
+    results = json.loads((path.parent / "out" / "results.json").read_text())["tasks"]
+    for task in found.tasks:
+        assert task.metric == metrics[task.task] and task.examples == examples[task.task]
+        assert task.multi == pytest.approx(results[task.task]["validation"][task.metric], abs=1e-12)
+        assert task.interval[0] <= task.difference <= task.interval[1]
+    assert found.cost["inference_seconds"]["single"] > 0
+    return found
+
+
+def test_questions_choices_and_hidden_words_are_compared(tmp_path):
+    tasks = [
+        {"name": "who", "type": "question_answering", "dataset": "who-{split}.jsonl", "max_length": 24, "stride": 6},
+        {"name": "next", "type": "multiple_choice", "dataset": "next-{split}.jsonl"},
+        {"name": "hidden", "type": "masked_lm", "dataset": "reviews-{split}.parquet", "metric": "perplexity"},
+    ]
+    parts = [question_datasets(seed, who=30, next=20) for seed in (0, 1)]
+    datasets = {name: [part[name] for part in parts] for name in ("who", "next")}
+    config = BertConfig(**_SMALL, type_vocab_size=2)
+    path = write_tasks(tmp_path, BertForMaskedLM(config), tasks, datasets)
+    metrics = {"tone": "accuracy", "who": "f1", "next": "accuracy", "hidden": "perplexity"}
+    found = check_numbers(path, tmp_path / "compared", metrics, {"tone": 80, "who": 30, "next": 20, "hidden": 80})
+    assert not found.tasks[3].greater_is_better
+    with pytest.raises(ValueError, match="task 'who': answers to questions are not kept"):
+        compare(path, compute_metrics={"who": len}, output=tmp_path / "x")
+
+
+def test_targets_of_a_closed_set_are_compared(tmp_path):
+    tasks = [
+        {
+            "name": "mood",
+            "type": "causal_lm",
+            "dataset": "reviews-{split}.parquet",
+            "label_column": "label",
+            "labels": ["negative", "positive"],
+            "prompt": "{text} it was",
+            "target": {"negative": "bad", "positive": "good"},
+        }
+    ]
+    path = write_tasks(tmp_path, LlamaForCausalLM(BACKBONES["llama"]().config), tasks, {})
+    metrics = {"tone": "accuracy", "mood": "label_accuracy"}
+    check_numbers(path, tmp_path / "compared", metrics, {"tone": 80, "mood": 80})
 
 
 def test_sampling_takes_its_scores_from_the_comparison(first, tmp_path):

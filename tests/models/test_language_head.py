@@ -8,16 +8,12 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKBONES, PAD_ID
+from conftest import PAD_ID
+from language_models import CONFIGS, DECODERS, ENCODERS, auto_of, make_plain
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    BertConfig,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaModel,
     PreTrainedModel,
 )
@@ -28,62 +24,9 @@ from hf_multitask.models.conversion import convert, select_tasks
 from hf_multitask.models.heads import IGNORE_INDEX
 from hf_multitask.models.passes import Segment
 
-_SIZE = dict(
-    vocab_size=90,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=66,
-    pad_token_id=PAD_ID,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-_GPT2 = dict(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=66, bos_token_id=1, eos_token_id=2)
-ENCODERS = ("bert", "roberta", "distilbert", "electra", "modernbert")
-CONFIGS = {
-    **{name: BACKBONES[name]().config for name in ENCODERS},
-    "bert, untied": BertConfig(**{**BACKBONES["bert"]().config.to_dict(), "tie_word_embeddings": False}),
-    "llama": AutoConfig.for_model("llama", **_SIZE),
-    "llama, tied": AutoConfig.for_model("llama", **_SIZE, tie_word_embeddings=True),
-    "gpt2": AutoConfig.for_model("gpt2", **_GPT2, pad_token_id=PAD_ID),
-    "gemma": AutoConfig.for_model("gemma", **_SIZE, head_dim=8),
-    "gemma2, capped": AutoConfig.for_model("gemma2", **_SIZE, head_dim=8, final_logit_softcapping=0.5),
-    "qwen2": AutoConfig.for_model("qwen2", **_SIZE),
-    "opt": AutoConfig.for_model("opt", **_SIZE, ffn_dim=48, word_embed_proj_dim=32),  # reads a part of its backbone
-    "mixtral": AutoConfig.for_model("mixtral", **_SIZE, num_local_experts=2),  # asks its backbone for more
-    "mamba": AutoConfig.for_model("mamba", **_SIZE),  # looks at the table before it multiplies
-    "bert as decoder": BertConfig(**{**BACKBONES["bert"]().config.to_dict(), "is_decoder": True}),
-}
-# Only their `forward` differs from the others'.
-FURTHER = {
-    "bloom": AutoConfig.for_model("bloom", **_SIZE, n_head=4),
-    "falcon": AutoConfig.for_model("falcon", **_SIZE, num_kv_heads=2),
-    "gptj": AutoConfig.for_model("gptj", **_GPT2, pad_token_id=PAD_ID, rotary_dim=4),
-    "gpt_neo": AutoConfig.for_model(
-        "gpt_neo", **{**_SIZE, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
-    ),
-}
-ENCODERS = tuple(name for name in CONFIGS if name in ENCODERS or name == "bert, untied")
-DECODERS = tuple(name for name in CONFIGS if name not in ENCODERS)
 EVERY = pytest.mark.parametrize("name", CONFIGS)
 SOME = pytest.mark.parametrize("name", ["bert, untied", "roberta", "llama", "llama, tied"])
 LENGTHS = (8, 5, 8, 3)
-
-
-def auto_of(name: str):
-    return AutoModelForMaskedLM if name in ENCODERS else AutoModelForCausalLM
-
-
-def make_plain(name: str, seed: int = 0, noise: float = 0.1) -> PreTrainedModel:
-    """Transformers' own language model, all of whose parameters say something."""
-    torch.manual_seed(seed)
-    model = auto_of(name).from_config(copy.deepcopy((CONFIGS | FURTHER)[name])).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
-    return model
 
 
 def make_tasks(name: str) -> list[Task]:
@@ -275,6 +218,17 @@ def test_what_a_checkpoint_lacks_of_a_head_is_reported(tmp_path, warnings_of_tra
         assert torch.equal(value, bare.state_dict()[key])
 
 
+@pytest.mark.parametrize("scheme", ["adapter", "prefix"])
+def test_a_table_that_nothing_would_train_must_be_there(tmp_path, scheme):
+    """Under a frozen backbone it would stay random, and a saved model could not be loaded."""
+    bare = make_plain("llama").base_model
+    bare.save_pretrained(tmp_path)
+    for source in (bare, str(tmp_path)):
+        with pytest.raises(ValueError, match="comes without lm_head.weight, .* would leave as it starts, at random"):
+            make_model("llama", source, scheme)
+    make_model("llama, tied", make_plain("llama, tied").base_model, scheme)
+
+
 def test_a_head_of_which_a_part_is_lacking_is_reported(tmp_path, warnings_of_transformers):
     make_plain("bert").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -424,8 +378,8 @@ def test_a_head_has_what_the_family_puts_between_backbone_and_vocabulary():
 
 
 def test_a_model_trained_since_it_was_loaded_is_taken_as_it_is_now(tmp_path):
-    LlamaForCausalLM(LlamaConfig(**_SIZE)).save_pretrained(tmp_path)
-    plain = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    make_plain("llama").save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         plain.lm_head.weight.mul_(3)
     assert torch.equal(words(make_model("llama", plain), **make_batch()), words(plain, **make_batch()))
