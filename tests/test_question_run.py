@@ -249,7 +249,7 @@ def test_bad_rows_are_found_before_training(make_trainer, datasets):
         make_trainer(build(), {**question_datasets(), "next": bad, "reviews": datasets["reviews"]})
 
 
-@pytest.mark.parametrize("combination", ["sum", "upgrad"])
+@pytest.mark.parametrize("combination", ["upgrad", pytest.param("sum", marks=pytest.mark.slow)])
 def test_two_processes_do_what_one_does(tmp_path, combination):
     script = str(Path(__file__).with_name("question_processes.py"))
     results = []
