@@ -189,9 +189,10 @@ class MultiTaskEvaluation(TargetEvaluation):
                 results[source.tasks[0].name] |= own
                 metrics |= {f"{metric_key_prefix}_{source.tasks[0].name}_{key}": value for key, value in own.items()}
             samples += output.num_samples
-        for held_out, key in ((False, "average"), (True, "held_out_average")):
+        averages = () if self.args.prediction_loss_only else ((False, "average"), (True, "held_out_average"))
+        for held_out, key in averages:
             average = average_metric(results, self.tasks, self._metrics, held_out)
-            if average is not None and not self.args.prediction_loss_only:
+            if average is not None:
                 metrics[f"{metric_key_prefix}_{key}"] = average
         steps = -(-samples // (self.args.eval_batch_size * self.args.world_size))
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=samples, num_steps=steps)

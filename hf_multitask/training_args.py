@@ -282,6 +282,8 @@ def settle_args(args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskT
             raise ValueError(f"{name} does not go with a multi-task model: {mend}")
     _check_output_dir(args.output_dir)
     args = copy.copy(args)
+    if args.label_names is None:
+        args.label_names = ["labels"]  # `Trainer` would take every argument of forward with "label" in its name
     if args.ddp_find_unused_parameters is None:
         # Heads without rows take part with a term of zero instead: no search through the graph.
         args.ddp_find_unused_parameters = False
