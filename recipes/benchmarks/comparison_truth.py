@@ -6,12 +6,12 @@ Every word of a small language has hidden numbers, and what is to be predicted o
 or their signs. Three pairs of tasks, each trained from scratch over three seeds by `hf_multitask.compare` with its
 defaults:
 
-- helpful: `small` has 32 texts with the sign of a sum, too few to learn what the words mean; `large` has 3,000 texts with
-  the sum itself. Truth: `small` is better; `large`, which has nothing to learn from 32 texts, is equal.
+- helpful: `small` has 32 texts with the sign of a sum, too few to learn what the words mean; `large` has 3,000 texts
+  with the sum itself. Truth: `small` is better; `large`, which has nothing to learn from 32 texts, is equal.
 - harmful: each task has 3,000 texts with eight sums of its own, over a backbone eight numbers wide, which is enough for
   one of them and not for both. Truth: both are worse.
-- unrelated: each task has 3,000 texts with the sign of a sum of its own, over a backbone wide enough for both. Truth: both
-  are equal.
+- unrelated: each task has 3,000 texts with the sign of a sum of its own, over a backbone wide enough for both. Truth:
+  both are equal.
 
 Each repetition draws a language and texts anew, and its own seeds. A verdict counts as right only if it is the truth:
 `undecided` is wrong here. A repetition is right if both of its verdicts are.

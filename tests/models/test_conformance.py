@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, set_seed
 
 import hf_multitask.models
 from hf_multitask.models.auto import SCHEMES
-from hf_multitask.models.configuration import MultiTaskConfig, MultiTaskModel
+from hf_multitask.models.base import MultiTaskModel
+from hf_multitask.models.configuration import MultiTaskConfig
 from hf_multitask.quickstart import cache_folder
 
 # An encoder, one whose configuration has names of its own, one with two kinds of layers, a decoder.
