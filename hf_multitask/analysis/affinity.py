@@ -56,8 +56,9 @@ class AffinityTrainer(MultiTaskTrainer):
     """A [`MultiTaskTrainer`] that measures affinity, or conflict, in some of its steps.
 
     The training itself is not touched: it ends with the same weights, bit for bit, as without measuring. A measured
-    step costs about two more for the T gradients and, for `affinity`, T + 1 passes forward and as many copies of the
-    shared parameters and their optimizer state, one at a time.
+    step costs about one step more for the T gradients (for tasks that read the same rows, a pass of these for each)
+    and, for `affinity`, T + 1 passes forward and a copy of the shared parameters and of their optimizer state; for
+    `conflict` T gradients in memory.
 
     Args:
         *args: As for [`MultiTaskTrainer`].

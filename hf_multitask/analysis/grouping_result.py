@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -32,6 +33,10 @@ class TaskGroups:
         most: The largest number of groups.
         confidence: Coverage of the intervals.
         settings: The other arguments of the run.
+
+    Attributes:
+        affinity: `[T, T]`, mean over steps: in row i and column j what i does to j.
+        splits: By number of groups, the best split; see [`hf_multitask.analysis.grouping.find_splits`].
     """
 
     tasks: tuple[str, ...]
@@ -42,10 +47,12 @@ class TaskGroups:
     most: int
     confidence: float = 0.95
     settings: dict[str, Any] = field(default_factory=dict)
+    affinity: np.ndarray = field(init=False, repr=False)
     splits: dict[int, Split] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Find the best split into each number of groups."""
+        """Take the means over steps, and find the best split into each number of groups."""
+        object.__setattr__(self, "affinity", np.nanmean(self.values, axis=0))
         object.__setattr__(self, "splits", find_splits(self.affinity, self._helpers))
 
     @property
@@ -77,11 +84,6 @@ class TaskGroups:
         return replace(self, most=most)
 
     # ---- what was measured ----
-
-    @property
-    def affinity(self) -> np.ndarray:
-        """`[T, T]`, mean over steps: in row i and column j what i does to j."""
-        return np.nanmean(self.values, axis=0)
 
     @property
     def intervals(self) -> np.ndarray:
@@ -126,7 +128,12 @@ class TaskGroups:
     def _show(self, value: float) -> str:
         if not np.isfinite(value):
             return "-"
-        return f"{100 * value:+.2f} %" if self.method == "affinity" else f"{value:+.3f}"
+        if self.method == "conflict":
+            return f"{value:+.3f}"
+        # As many digits as it takes: what a step of a small learning rate does is little.
+        largest = 100 * float(np.abs(self.affinity[~np.eye(len(self.tasks), dtype=bool)]).max())
+        digits = 1 - math.floor(math.log10(largest)) if largest > 0 else 2
+        return f"{100 * value:+.{min(max(digits, 2), 9)}f} %"
 
     def table(self) -> str:
         """Return a table of the served tasks, group by group, and one of the affinities."""
@@ -143,19 +150,18 @@ class TaskGroups:
         kind = "" if self.is_exact else " (of the splits that were tried)"
         lines = [
             f"{len(split.groups)} group(s), of at most {self.most}, by {what} in {len(self.steps)} steps{kind}",
-            f"mean over tasks {self._show(split.score)}, all in one group {self._show(together)}, each alone "
-            f"{self._show(0.0)}",
+            f"mean over tasks {self._show(split.score)}, all in one group {self._show(together)}, each alone 0",
             "",
             align_columns(rows, {2}),
             "",
         ]
         if any(one.joining for one in self.advice()):
             lines[-1:] = ["(in brackets: what the sum over tasks would change by in the best other group)", ""]
-        ends = self.intervals
+        affinity, ends = self.affinity, self.intervals
         matrix = [["row does to column", *self.tasks]]
         for i, name in enumerate(self.tasks):
             cells = [
-                self._show(self.affinity[i, j]) + ("" if ends[i, j, 0] > 0 or ends[i, j, 1] < 0 else " ?")
+                self._show(affinity[i, j]) + ("" if ends[i, j, 0] > 0 or ends[i, j, 1] < 0 else " ?")
                 for j in range(len(self.tasks))
             ]
             matrix.append([name + (" (helper)" if name in self.helpers else ""), *cells])

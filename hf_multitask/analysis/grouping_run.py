@@ -50,7 +50,7 @@ def group_tasks(
         groups: The largest number of groups.
         method: `affinity`, what a step for one task does to another's loss (see
             [`hf_multitask.analysis.lookahead`]), or `conflict`, the cosine of their gradients in the same steps, which
-            is cheaper and less than half the truth: it knows no learning rate, no curvature and no direction.
+            is cheaper, and symmetric: it cannot tell that a task helps another that harms it.
         steps: Optimizer steps to train (default: the recipe's).
         every: Measure every so many steps (default: 10, or less, so that 50 steps are measured).
         confidence: Coverage of the intervals.

@@ -120,16 +120,16 @@ def window_cosines(
     return np.where(np.isfinite(result), result, np.nan)
 
 
-def _forward(
+def _row_losses(
     model: MultiTaskModel, batch: Mapping[str, Any], window: Window, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return a micro-batch's part of the losses of those of some tasks that have rows in it."""
+    """Return, for those of some tasks that have rows in a micro-batch, the losses of these rows."""
     here = [name for name in names if name in batch["labels"]]
     if not here:
         return {}
     chosen = {key: {name: batch[key][name] for name in here} for key in ("segments", "labels")}
     items = {name: window.items[name] for name in here}
-    return model(**{**batch, **chosen, "num_items": items, "num_tokens": window.tokens}, return_dict=True).task_losses
+    return model(**{**batch, **chosen, "num_items": items, "num_tokens": window.tokens}, return_dict=True).row_losses
 
 
 def _backward(
@@ -137,19 +137,19 @@ def _backward(
 ) -> None:
     """Put the gradient of a task's loss of the window into the shared parameters' `.grad`."""
     for batch in batches:
-        for loss in _forward(model, batch, window, [name]).values():
-            loss.backward(inputs=shared)
+        for losses in _row_losses(model, batch, window, [name]).values():
+            (losses.sum() / max(window.items[name], 1)).backward(inputs=shared)
 
 
 @torch.no_grad()
 def _losses(
     model: MultiTaskModel, batches: Sequence[Mapping[str, Any]], window: Window, names: Sequence[str]
 ) -> dict[str, float]:
-    """Return the losses of some tasks in the window."""
+    """Return the losses of some tasks in the window; what differs is small, so rows are added up in float64."""
     total = dict.fromkeys(names, 0.0)
     for batch in batches:
-        for name, loss in _forward(model, batch, window, names).items():
-            total[name] += loss.item()
+        for name, losses in _row_losses(model, batch, window, names).items():
+            total[name] += losses.double().sum().item() / max(window.items[name], 1)
     return total
 
 

@@ -114,7 +114,7 @@ def draw_lines(lines: Sequence[Line], y_label: str, alt: str, *, shares: bool = 
         axis.set_ylabel(y_label)
         axis.grid(True, axis="y", alpha=0.15, linewidth=0.8)
         if len(lines) > 1:
-            names = [_legend_name(line.name) for line in lines]
+            names = [line.name for line in lines]
             figure.legend(drawn, names, loc="outside lower center", ncols=2, handlelength=2.6, columnspacing=1.2)
         return _as_svg(figure, alt)
 
@@ -227,11 +227,6 @@ def _draw_line(axis: Any, line: Line) -> Any:
         markersize=3.5,
     )
     return drawn
-
-
-def _legend_name(name: str) -> str:
-    # matplotlib leaves names out that begin with an underscore.
-    return f" {name}" if name.startswith("_") else name
 
 
 @contextlib.contextmanager

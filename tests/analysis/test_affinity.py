@@ -26,7 +26,7 @@ SHARING = {
     "hard": ("hard", {}),
     "cross-stitched": ("soft", {"cross_stitch": True}),
     "conditioned": ("conditioned", {}),
-    "adapter": ("adapter", {"rank": 3}),
+    "adapter": ("adapter", {"rank": 3, "shared_rank": 2}),
     "mixture of experts": ("mixture_of_experts", {"num_experts": 4}),
 }
 
@@ -99,15 +99,15 @@ def affinity_by_hand(model, batches, window, step) -> np.ndarray:
 def test_with_plain_gradient_descent_it_is_the_formula_of_the_paper(tokenizer, parts):
     batches, window = make_window(tokenizer, parts)
     model = make_model().eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
     with undisturbed(model):
         found = lookahead_affinity(model, optimizer, batches, window, NAMES)
-    by_hand = affinity_by_hand(model, batches, window, lambda gradient: [-0.05 * g for g in gradient])
+    by_hand = affinity_by_hand(model, batches, window, lambda gradient: [-20.0 * g for g in gradient])
     # Without momentum and decay, "before" is where the parameters are.
     at_rest = losses_by_hand(model, batches, window)
-    assert np.abs(by_hand).min() > 1e-5 and (np.diagonal(by_hand) > 0.005).all()
+    assert np.median(np.abs(by_hand)) > 1e-4 and (np.diagonal(by_hand) > 5e-4).all()
     assert found == pytest.approx(by_hand, abs=2e-6)
-    step = moved(model, [-0.05 * g for g in gradient_by_hand(model, batches, window, "tone")])
+    step = moved(model, [-20.0 * g for g in gradient_by_hand(model, batches, window, "tone")])
     after = losses_by_hand(step, batches, window)["names"]
     assert found[0, 3] == pytest.approx(1 - (after / at_rest["names"]).item(), abs=2e-6)
 
@@ -121,6 +121,7 @@ def test_it_is_the_optimizers_own_step_and_what_momentum_and_decay_do_anyway_is_
         sum(losses_by_hand(model, batches, counts).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
+    optimizer.param_groups[0]["lr"] = 0.02
     shared = list(model.shared_parameters())
     state = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in shared]
 
@@ -130,12 +131,12 @@ def test_it_is_the_optimizers_own_step_and_what_momentum_and_decay_do_anyway_is_
             count = known["step"].item() + 1
             mean = (0.9 * known["exp_avg"] + 0.1 * g) / (1 - 0.9**count)
             square = (0.99 * known["exp_avg_sq"] + 0.01 * g**2) / (1 - 0.99**count)
-            changes.append((-1e-3 * (mean / (square.sqrt() + 1e-8) + 0.1 * p)).detach())
+            changes.append((-0.02 * (mean / (square.sqrt() + 1e-8) + 0.1 * p)).detach())
         return changes
 
     with undisturbed(model):
         found = lookahead_affinity(model, optimizer, batches, counts, NAMES)
-    assert found == pytest.approx(affinity_by_hand(model, batches, counts, step), abs=2e-5)
+    assert found == pytest.approx(affinity_by_hand(model, batches, counts, step), abs=2e-6)
     # Were momentum counted, every task would seem to help: the steps of all go on.
     resting = losses_by_hand(model, batches, counts)
     carried = losses_by_hand(moved(model, step([torch.zeros_like(p) for p in shared])), batches, counts)
@@ -146,17 +147,17 @@ def test_it_is_the_optimizers_own_step_and_what_momentum_and_decay_do_anyway_is_
 def test_the_gradient_is_clipped_as_in_training(tokenizer, window):
     batches, counts = window
     model = make_model().eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(model.parameters(), lr=20.0)
 
     def step(gradient):
         norm = torch.cat([g.flatten() for g in gradient]).norm()
-        return [-0.05 * g * min(1.0, 0.1 / (norm.item() + 1e-6)) for g in gradient]
+        return [-20.0 * g * min(1.0, 0.01 / (norm.item() + 1e-6)) for g in gradient]
 
     with undisturbed(model):
-        clipped = lookahead_affinity(model, optimizer, batches, counts, NAMES, 0.1)
+        clipped = lookahead_affinity(model, optimizer, batches, counts, NAMES, 0.01)
         free = lookahead_affinity(model, optimizer, batches, counts, NAMES, None)
     assert clipped == pytest.approx(affinity_by_hand(model, batches, counts, step), abs=2e-6)
-    assert np.abs(clipped - free).max() > 1e-3
+    assert np.abs(clipped - free).max() > 1e-4
 
 
 def test_cosines_are_those_of_the_gradients(tokenizer, window):
