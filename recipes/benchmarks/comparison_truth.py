@@ -8,10 +8,10 @@ defaults:
 
 - helpful: `small` has 32 texts with the sign of a sum, too few to learn what the words mean; `large` has 3,000 texts
   with the sum itself. Truth: `small` is better; `large`, which has nothing to learn from 32 texts, is equal.
-- harmful: each task has 3,000 texts with eight sums of its own, over a backbone eight numbers wide, which is enough for
-  one of them and not for both. Truth: both are worse.
-- unrelated: each task has 3,000 texts with the sign of a sum of its own, over a backbone wide enough for both. Truth:
-  both are equal.
+- harmful: each task has 3,000 texts with 32 sums of its own, over a backbone 32 numbers wide, which is enough for one
+  of them and not for both (80 would be: with them multi-task training loses less than 0.01). Truth: both are worse.
+- unrelated: each task has 3,000 texts with the sign of a sum of its own, for which the same backbone is wide enough.
+  Truth: both are equal.
 
 Each repetition draws a language and texts anew, and its own seeds. A verdict counts as right only if it is the truth:
 `undecided` is wrong here. A repetition is right if both of its verdicts are.
@@ -39,13 +39,13 @@ from hf_multitask.recipe import Recipe
 
 WORDS, LENGTH, VALIDATION = 60, 6, 2000
 CLEARLY = 0.5  # how far from 0 a sum is whose sign is to be predicted
-SUMS = 8
+SUMS = 32
 PAIRS: dict[str, dict[str, Any]] = {
     "helpful": {
         "truth": {"small": "better", "large": "equal"},
         "width": 32,
         "tasks": {"small": {"rows": 32, "signs": True, "sums": [0]}, "large": {"rows": 3000, "sums": [0]}},
-        "training": {"max_steps": 120, "per_device_train_batch_size": 32, "learning_rate": 1e-2},
+        "training": {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 1e-2},
     },
     "harmful": {
         "truth": {"first": "worse", "second": "worse"},
