@@ -52,7 +52,8 @@ class Predictor:
             (default: what the model was trained on).
 
     Raises:
-        ValueError: The tokenizer cannot tell where its tokens lie in the text.
+        ValueError: The tokenizer cannot tell where its tokens lie in the text, or all tasks are `masked_lm`, which
+            has no answers.
     """
 
     def __init__(self, model: MultiTaskModel, tokenizer: Any, max_length: int | None = None) -> None:
@@ -60,7 +61,11 @@ class Predictor:
             raise ValueError(f"{type(tokenizer).__name__} has no offsets; a fast tokenizer is needed")
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.tasks = {task.name: task for task in model.tasks if not task.auxiliary}
+        # Words that nobody hid are not looked for.
+        able = [task for task in model.tasks if not task.auxiliary and task.type is not TaskType.MASKED_LM]
+        self.tasks = {task.name: task for task in able}
+        if not able:
+            raise ValueError("none of the model's tasks says something about a text: they are masked_lm")
         self.max_length = longest_input(tokenizer, model, max_length or model.config.max_input_length)
 
     @classmethod

@@ -44,6 +44,11 @@ FURTHER = {
         "gpt_neo", **{**_SIZE, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
     ),
 }
+# Transformers has no masked head for these, but a causal one.
+BIDIRECTIONAL = {
+    "xlnet": AutoConfig.for_model("xlnet", vocab_size=90, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "bert-generation": AutoConfig.for_model("bert-generation", **_SIZE),
+}
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "modernbert", "bert, untied")
 DECODERS = tuple(name for name in CONFIGS if name not in ENCODERS)
 

@@ -23,11 +23,13 @@ SAY = Task("say", "causal_lm", prompt="{text} and")
 TEXTS = ["the film", "we saw paris", "it", "john saw a very very good film and maria", "berlin"]
 
 
-def make(task: Task, name: str = "gpt2", plain=None, scheme: str = "hard", tokenizer=None, rows_per_batch: int = 2):
+def make(
+    task: Task, name: str = "gpt2", plain=None, scheme: str = "hard", tokenizer=None, rows_per_batch: int = 2, **options
+):
     plain = plain or make_plain(name, noise=0.3)
     model = SCHEMES[scheme].from_backbone(plain, [task])
     tokenizer = tokenizer or decoder_tokenizer()
-    collate = DataCollatorForMultiTask(tokenizer, [task])
+    collate = DataCollatorForMultiTask(tokenizer, [task], **options)
     return GenerationEvaluator(model, task, tokenizer, collate, rows_per_batch), plain
 
 
@@ -56,10 +58,10 @@ def without_padding(tokens: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("prompt", ["{text} was", "{text} : "])
-@pytest.mark.parametrize("rows_per_batch", [1, 7])
-def test_the_likelihood_of_an_answer_is_that_of_its_tokens_and_its_end(prompt, rows_per_batch):
+@pytest.mark.parametrize(("rows_per_batch", "packing"), [(1, False), (7, False), (7, True)])
+def test_the_likelihood_of_an_answer_is_that_of_its_tokens_and_its_end(prompt, rows_per_batch, packing):
     task = Task("mood", "causal_lm", prompt=prompt, labels=MOODS)
-    evaluator, plain = make(task, rows_per_batch=rows_per_batch)
+    evaluator, plain = make(task, rows_per_batch=rows_per_batch, packing=packing)
     answers = [MOODS[i % 3] for i in range(5)]
     rows = prepared(task, {"text": TEXTS, "target": answers})
     tokenizer = decoder_tokenizer()

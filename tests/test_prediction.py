@@ -37,6 +37,17 @@ def test_answers_are_the_model_s(predictor, tokenizer):
         assert {a["label"] for a in answer["traits"]} == {k for k, p in likely.items() if p > 0.5}
 
 
+def test_hidden_words_are_no_answers(bert, tokenizer):
+    words = Task("words", "masked_lm")
+    tone = Task("tone", "single_label_classification", labels=("negative", "positive"))
+    both = Predictor(HardSharingModel.from_backbone(bert, [words, tone]), tokenizer)
+    assert [list(answer) for answer in both(TEXTS)] == [["tone"]] * 3
+    with pytest.raises(ValueError, match="no task 'words'; tasks are tone"):
+        list(both(TEXTS, tasks=["words"]))
+    with pytest.raises(ValueError, match="none of the model's tasks says something about a text: they are masked_lm"):
+        Predictor(HardSharingModel.from_backbone(bert, [words]), tokenizer)
+
+
 def test_batches_and_order_do_not_matter(predictor):
     whole, single = list(predictor(TEXTS)), list(predictor(TEXTS, batch_size=1))
     for a, b in zip(whole, single, strict=True):

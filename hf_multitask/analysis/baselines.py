@@ -31,6 +31,7 @@ from ..gap_sampling import single_task_scores
 from ..models.auto import SCHEMES
 from ..models.backbone import load_backbone, weights_hash
 from ..models.task import Task
+from ..models.task_type import TaskType
 from ..recipe import Recipe, RecipeParts
 from ..training_args import MultiTaskTrainingArguments
 
@@ -200,6 +201,10 @@ class Planner:
         training = {**self.recipe.training, **_ALONE, "seed": seed}
         training |= {"max_steps": budget.steps, "gradient_accumulation_steps": budget.accumulation}
         training |= {"per_device_train_batch_size": budget.batch_size}
+        if not task.type.generates:
+            training["predict_with_generate"] = False
+        if task.type is not TaskType.CAUSAL_LM:
+            training["packing"] = False
         for name in _IN_STEPS:
             count = training.get(name)
             if count is not None and count >= 1 and budget.steps < steps:

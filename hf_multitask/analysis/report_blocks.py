@@ -24,6 +24,7 @@ class Table:
         left: Numbers of the columns that hold words; the others hold numbers, and are aligned to the right.
         caption: What the table holds.
         folded: Whether a page that can fold shows it on demand only.
+        facts: Whether it has names of facts in one column and the facts in the other, so that it need not be a table.
 
     Raises:
         ValueError: A row has another number of cells.
@@ -34,6 +35,7 @@ class Table:
     left: frozenset[int] = frozenset([0])
     caption: str = ""
     folded: bool = False
+    facts: bool = False
 
     def __post_init__(self) -> None:
         """Check the rows."""
@@ -120,7 +122,7 @@ def signed(value: float | None, missing: str = MISSING) -> str:
 def change(delta: dict[str, Any]) -> str:
     """Return Δm with its interval."""
     if delta.get("value") is None:
-        return "not defined: the metric of a baseline is 0"
+        return "not defined, as the metric of a baseline is 0"
     low, high = delta["interval"]
     return f"{delta['value']:+.1%} ({low:+.1%} to {high:+.1%})"
 

@@ -135,7 +135,7 @@ def _grouping(source: RunFacts, result: TaskGroups) -> Iterator[list[Figure] | s
     tasks = list(dict.fromkeys(name for names in result.groups for name in names))
     tasks += [name for name in result.tasks if name not in tasks]
     order = [result.tasks.index(name) for name in tasks[:_MOST_TASKS]]
-    values = scale * result.affinity[np.ix_(order, order)].astype(float)
+    values = np.round(scale * result.affinity[np.ix_(order, order)].astype(float), 2) + 0.0
     np.fill_diagonal(values, np.nan)
     known = values[~np.isnan(values)]
     if len(known):

@@ -29,7 +29,8 @@ def runs_section(runs: Sequence[RunFacts]) -> Section:
     names = list(dict.fromkeys(name for one in facts for name in one))
     rows = [[name, *(one.get(name, NONE) for one in facts)] for name in names]
     head = ["", *(run.name for run in runs)]
-    section = Section("Runs" if len(runs) > 1 else "Run", [Table(head, rows, left=frozenset(range(len(head))))])
+    table = Table(head, rows, left=frozenset(range(len(head))), facts=len(runs) == 1)
+    section = Section("Runs" if len(runs) > 1 else "Run", [table])
     if len(runs) > 1:
         recipes = [run.recipe for run in runs if run.recipe]
         differing = differing_settings(recipes)
@@ -110,7 +111,8 @@ def metrics_section(runs: Sequence[RunFacts], checks: Sequence[str]) -> Section:
         section.blocks.append("No run has metrics.")
         return section
     columns = [(run, split) for run in runs for split in splits]
-    head = ["task", "metric", *(split if len(runs) == 1 else f"{run.name}, {split}" for run, split in columns)]
+    values = [split if len(runs) == 1 else f"{run.name}, {split}" for run, split in columns]
+    head = ["task", "metric", *values]
     main: list[list[str]] = []
     for task in tasks:
         for metric in _primary_metrics(runs, task):
@@ -119,17 +121,23 @@ def metrics_section(runs: Sequence[RunFacts], checks: Sequence[str]) -> Section:
     if any(value is not None for value in averages):
         main.append(["average of the tasks", "", *(number(value, NONE) for value in averages)])
     seen = _rows_seen(runs, tasks)
+    if seen is not None and len(runs) == 1:  # it fits beside the metrics
+        read = {row[0]: row[1:] for row in seen.rows}
+        head = [*head, *seen.head[1:]]
+        main = [[*row, *read.get(row[0], ["", ""])] for row in main]
     caption = "The primary metric of each task"
     if any(len(_primary_metrics(runs, task)) > 1 for task in tasks):
         caption = "Metrics of each task; which is its primary one is not known for every run"
     section.blocks.append(Table(head, main, frozenset([0, 1]), caption))
-    if seen is not None:
+    if seen is not None and len(runs) > 1:
         section.blocks.append(seen)
     rows = []
     for task in tasks:
         for metric in dict.fromkeys(name for run, split in columns for name in run.metrics(task, split)):
             rows.append([task, metric, *(_metric_cell(run, task, split, metric) for run, split in columns)])
-    section.blocks.append(Table(head, rows, frozenset([0, 1]), "All metrics and losses", folded=True))
+    section.blocks.append(
+        Table(["task", "metric", *values], rows, frozenset([0, 1]), "All metrics and losses", folded=True)
+    )
     section.blocks += checks
     return section
 

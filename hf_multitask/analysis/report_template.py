@@ -43,10 +43,18 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align:
 thead th { white-space: normal; }
 th.words, td.words { text-align: left; white-space: normal; min-width: 5rem; max-width: 26rem;
   overflow-wrap: break-word; }
+td.long { min-width: 13rem; }
 th:first-child, td:first-child { padding-left: .2rem; }
 thead th { border-bottom: 2px solid var(--line); font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 400; }
 tbody tr:nth-child(even) { background: var(--stripe); }
+table.facts thead { display: none; }
+table.facts { display: block; }
+table.facts tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr));
+  gap: .5rem 1.5rem; }
+table.facts tr { background: none; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
+table.facts th, table.facts td { display: block; padding: 0; border: 0; max-width: none; min-width: 0; }
+table.facts th { font-size: .8rem; color: var(--soft); }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 1rem;
   margin: .8rem 0; align-items: start; }
 figure { margin: 0; min-width: 0; }
@@ -77,7 +85,7 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .85rem; border-top: 
 <p class="caption">{{ table.caption }}</p>
 {%- endif %}
 <div class="scroll" role="region" tabindex="0" aria-label="{{ table.caption or 'table' }}">
-<table>
+<table{% if table.facts %} class="facts"{% endif %}>
 <thead><tr>
 {%- for cell in table.head %}<th scope="col"{% if loop.index0 in table.left %} class="words"{% endif %}>{{ cell }}</th>
 {%- endfor %}</tr></thead>
@@ -85,8 +93,10 @@ footer { margin-top: 2.5rem; color: var(--soft); font-size: .85rem; border-top: 
 {%- for row in table.rows %}
 <tr>
 {%- for cell in row %}
-{%- set words = ' class="words"' | safe if loop.index0 in table.left else '' %}
-{%- if loop.first %}<th scope="row"{{ words }}>{{ cell }}</th>{% else %}<td{{ words }}>{{ cell }}</td>{% endif %}
+{%- set kind = 'words long' if cell | length > 30 else 'words' %}
+{%- set words = ' class="' ~ kind ~ '"' if loop.index0 in table.left else '' %}
+{%- set tag = 'th scope="row"' if loop.first else 'td' %}
+<{{ (tag ~ words) | safe }}>{{ cell }}</{{ tag[:2] }}>
 {%- endfor %}</tr>
 {%- endfor %}
 </tbody>

@@ -42,6 +42,9 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only"
 # What says which configuration a checkpoint has.
 CONFIG_OPTIONS = (*HUB_OPTIONS, "gguf_file")
 
+# Families without a masked language model that read in both directions all the same, unless told to be decoders.
+_BIDIRECTIONAL = ("bert-generation", "cpmant", "xlnet")
+
 _ALIGNMENT = 64  # bytes; what torch gives to the tensors it allocates
 
 
@@ -167,9 +170,8 @@ def is_causal(config: PreTrainedConfig) -> bool:
     if config.is_encoder_decoder:
         return False
     model_type = config.get_text_config().model_type
-    causal_only = (
-        model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
+    known = *MODEL_FOR_MASKED_LM_MAPPING_NAMES, *_BIDIRECTIONAL
+    causal_only = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in known
     return causal_only or bool(getattr(config, "is_decoder", False))
 
 

@@ -128,8 +128,8 @@ def export_task(model: MultiTaskModel, name: str, folder: str | Path, native: bo
         model: The model.
         name: The task.
         folder: Where to write; the tokenizer is not written, save it beside.
-        native: Whether to write Transformers' own model (default: if the task has `head="native"`), which loads
-            without this library; otherwise it is a multi-task model of one task.
+        native: Whether to write Transformers' own model (default: if the task has `head="native"`, or is one over
+            the vocabulary), which loads without this library; otherwise it is a multi-task model of one task.
 
     Raises:
         ValueError: The task is unknown, or cannot be written as asked.

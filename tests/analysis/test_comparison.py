@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import _SMALL, BACKBONES, make_datasets, make_tokenizer
+from language import decoder_tokenizer
 from questions import question_datasets
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -566,10 +567,12 @@ def test_targets_of_a_closed_set_are_compared(tmp_path):
             "label_column": "label",
             "labels": ["negative", "positive"],
             "prompt": "{text} it was",
-            "target": {"negative": "bad", "positive": "good"},
         }
     ]
-    path = write_tasks(tmp_path, LlamaForCausalLM(BACKBONES["llama"]().config), tasks, {})
+    path = write_tasks(
+        tmp_path, LlamaForCausalLM(BACKBONES["llama"]().config), tasks, {}, predict_with_generate=True, packing=True
+    )
+    decoder_tokenizer().save_pretrained(tmp_path / "backbone")
     metrics = {"tone": "accuracy", "mood": "label_accuracy"}
     check_numbers(path, tmp_path / "compared", metrics, {"tone": 80, "mood": 80})
 

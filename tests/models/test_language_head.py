@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PAD_ID
-from language_models import CONFIGS, DECODERS, ENCODERS, auto_of, make_plain
+from language_models import BIDIRECTIONAL, CONFIGS, DECODERS, ENCODERS, auto_of, make_plain
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaModel,
@@ -20,6 +21,7 @@ from transformers import (
 
 from hf_multitask import AutoModelForMultiTask, HardSharingConfig, HardSharingModel, Task
 from hf_multitask.models.auto import SCHEMES
+from hf_multitask.models.backbone import is_causal
 from hf_multitask.models.conversion import convert, select_tasks
 from hf_multitask.models.heads import IGNORE_INDEX
 from hf_multitask.models.passes import Segment
@@ -256,6 +258,23 @@ def test_objectives_that_make_no_sense_are_refused(tmp_path, name):
             HardSharingModel.from_backbone(source, tasks)
     with pytest.raises(ValueError, match=message):
         HardSharingModel(HardSharingConfig(backbone_config=plain.config, tasks=[task.to_dict() for task in tasks]))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *BIDIRECTIONAL])
+def test_decoders_are_those_whose_tokens_see_none_behind_them(name):
+    """Tried on the backbone itself: some that Transformers has a causal head for read in both directions."""
+    config = (CONFIGS | BIDIRECTIONAL)[name]
+    torch.manual_seed(0)
+    backbone = AutoModel.from_config(config).eval()
+    ids = torch.randint(5, 90, (1, 8))
+    other = ids.clone()
+    other[0, 6:] = ids[0, 6:] - 4
+    with torch.no_grad():
+        one, two = (backbone(input_ids=given)[0][:, :6] for given in (ids, other))
+    assert is_causal(config) == torch.equal(one, two)
+    if name not in DECODERS:
+        with pytest.raises(ValueError, match="a bidirectional encoder sees the next token"):
+            HardSharingModel.from_backbone(backbone, [Task("words", "causal_lm")])
 
 
 # ---- saved, resized, exported, turned into other schemes ----

@@ -127,6 +127,8 @@ def test_a_task_does_not_change():
     with pytest.raises(FrozenInstanceError):
         make().weight = 2.0
     assert hash(make()) == hash(make())
+    writes = Task("say", "causal_lm", prompt="{text}", generation={"max_new_tokens": 5}, weight_schedule="linear")
+    assert hash(writes) == hash(Task.from_dict(writes.to_dict()))
 
 
 # ---- configuration files ----
