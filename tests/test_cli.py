@@ -9,7 +9,7 @@ from conftest import make_tokenizer
 from test_recipe import folder  # noqa: F401
 from typer.testing import CliRunner
 
-from hf_multitask.cli import app
+from hf_multitask.cli.app import app
 
 runner = CliRunner()
 

@@ -1,6 +1,6 @@
 """`python -m hf_multitask.cli`, for launchers that start modules."""
 
-from . import main
+from .app import main
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-__all__ = ["Settings", "SeveralValues", "SeveralWords", "app", "plain_errors"]
+__all__ = ["Settings", "SeveralValues", "SeveralWords", "app", "main", "plain_errors"]
 
 Settings = Annotated[
     list[str] | None,
@@ -92,3 +92,8 @@ class SeveralWords(SeveralValues):
             values += not arg.startswith("-")
             spread.append(arg)
         return super().parse_args(ctx, spread)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="hf-multitask")

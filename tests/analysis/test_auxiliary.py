@@ -24,7 +24,7 @@ from hf_multitask.analysis import auxiliary as module
 from hf_multitask.analysis import sweep_result
 from hf_multitask.analysis.auxiliary import sweep_auxiliary
 from hf_multitask.analysis.sweep_result import AuxiliarySweep, SweepRun, check_picture
-from hf_multitask.cli import app
+from hf_multitask.cli.app import app
 from hf_multitask.running import run_recipe
 from hf_multitask.trainer import MultiTaskTrainer
 
@@ -598,7 +598,7 @@ def test_the_help_names_every_option():
 TWICE = """
 import os, sys
 from hf_multitask.analysis import sweep_folder
-from hf_multitask.cli import app
+from hf_multitask.cli.app import app
 
 real = os.replace
 

@@ -24,7 +24,7 @@ from hf_multitask.analysis.baselines import Budget, Planner, rows_hash
 from hf_multitask.analysis.comparison_result import Comparison, Difference, TaskComparison
 from hf_multitask.analysis.comparison_runs import build_run, finish_run
 from hf_multitask.analysis.comparison_statistics import RunStatistics
-from hf_multitask.cli import app
+from hf_multitask.cli.app import app
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.recipe import build, load_recipe
 from hf_multitask.running import run_recipe

@@ -20,7 +20,7 @@ from hf_multitask.analysis.affinity import AffinitySeries
 from hf_multitask.analysis.grouping import MOST_EXACT, _split_greedily, affinity_onto, find_splits
 from hf_multitask.analysis.grouping_advice import advise_tasks, series_interval, weighted_interval
 from hf_multitask.analysis.grouping_result import TaskGroups
-from hf_multitask.cli import app
+from hf_multitask.cli.app import app
 from hf_multitask.recipe import RecipeParts, load_recipe
 
 # ---- the search ----

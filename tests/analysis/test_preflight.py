@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from hf_multitask import HardSharingModel, MultiTaskTrainingArguments, Task, advise, preflight
 from hf_multitask.analysis.evidence import Evidence
 from hf_multitask.analysis.preflight_result import Finding, Preflight
-from hf_multitask.cli import app
+from hf_multitask.cli.app import app
 from hf_multitask.recipe import RecipeParts, build, load_recipe
 
 QUICK = dict(budget_seconds=3.0, probe_rows=24)

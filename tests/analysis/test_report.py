@@ -33,7 +33,7 @@ from hf_multitask.analysis.report_charts import COLOURS, Interval, Line, draw_he
 from hf_multitask.analysis.report_pages import Page, html_page, markdown_page
 from hf_multitask.analysis.routing_result import RoutingResult
 from hf_multitask.analysis.sweep_result import AuxiliarySweep, SweepRun
-from hf_multitask.cli import app
+from hf_multitask.cli.app import app
 from hf_multitask.data.row_hashes import hash_evaluated_rows, rows_hash
 from hf_multitask.running import run_recipe
 
