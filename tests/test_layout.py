@@ -41,6 +41,7 @@ FLOORS = {
     "prediction": 2,
     "training_args": 2,
     "row_prediction": 2,
+    "hub": 3,
     "recipe": 4,
     "running": 4,
     "trainer": 4,
