@@ -15,6 +15,7 @@ from .conditioned import ConditionedModel
 from .hard_sharing import HardSharingModel
 from .mixture_of_experts import MixtureOfExpertsModel
 from .prefix import PrefixModel
+from .saved_config import check_config_file
 from .soft_sharing import SoftSharingModel
 
 __all__ = ["SCHEMES", "AutoModelForMultiTask"]
@@ -30,10 +31,27 @@ SCHEMES: dict[str, type[MultiTaskModel]] = {
 """Sharing schemes by the name that a recipe's `model.sharing` uses."""
 
 
+def type_of(model: type[MultiTaskModel]) -> str:
+    """Return the `model_type` in the configurations of a scheme."""
+    return model.config_class.model_type
+
+
 class AutoModelForMultiTask(_BaseAutoModelClass):
     """Load any multi-task model: `AutoModelForMultiTask.from_pretrained(folder_or_hub_id)` finds its scheme."""
 
     _model_mapping: Any = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a saved model of whatever scheme.
+
+        Raises:
+            ValueError: The configuration is of no scheme, or the weights do not fit it.
+            OSError: There is no such folder, or it holds no safetensors.
+        """
+        if kwargs.get("config") is None:
+            check_config_file(pretrained_model_name_or_path, kwargs, known=[type_of(m) for m in SCHEMES.values()])
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
 
 for _model in SCHEMES.values():

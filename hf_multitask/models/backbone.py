@@ -18,9 +18,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from .encoder_decoder import as_backbone
+from .saved_config import HUB_OPTIONS
 
 __all__ = [
     "CONFIG_OPTIONS",
+    "HUB_OPTIONS",
     "adopt_backbone",
     "align_memory",
     "backbone_options",
@@ -35,9 +37,6 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
-
-# What says where on the Hub, or on the disk, a checkpoint is; its configuration and tokenizer lie there too.
-HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")
 
 # What says which configuration a checkpoint has.
 CONFIG_OPTIONS = (*HUB_OPTIONS, "gguf_file")

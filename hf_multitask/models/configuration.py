@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, cast
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .limits import shown
+from .saved_config import CONFIG_VERSION, check_config, check_config_file, migrate
 from .task import Task, check_tasks
+from .task_options import check_generation_options
 
 __all__ = ["MultiTaskConfig"]
+
+_POOLINGS = (None, "mean", "first", "last")
+# What Transformers raises where a value is of another kind than it takes for granted.
+_MISFITS = (
+    *(StrictDataclassError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError),
+    *(RecursionError, ImportError, NotImplementedError),
+)
 
 
 class MultiTaskConfig(PreTrainedConfig):
@@ -26,6 +38,10 @@ class MultiTaskConfig(PreTrainedConfig):
         generation: Settings of `generate` that came with the backbone's checkpoint.
         untied_vocabulary: Tokens are predicted with another table than that of the input embeddings, although the
             backbone's configuration ties the two (as it does for T5 version 1.1 and FLAN-T5).
+        config_version: Version of the format; what is read is always of the present one.
+
+    Raises:
+        ValueError: A value does not fit, or a configuration that is read could not have been written by this library.
     """
 
     sub_configs_defaults = {"backbone_config": SubConfigSpec(AutoConfig, model_type="bert")}
@@ -38,15 +54,47 @@ class MultiTaskConfig(PreTrainedConfig):
     max_input_length: int | None = None
     generation: dict | None = None
     untied_vocabulary: bool = False
+    config_version: int = CONFIG_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the tasks and store them as plain dictionaries."""
         super().__post_init__(**kwargs)
         if not 0.0 <= self.head_dropout < 1.0:
             raise ValueError(f"head_dropout must lie in [0, 1), got {self.head_dropout!r}")
+        if not (self.initializer_range >= 0 and math.isfinite(self.initializer_range)):
+            raise ValueError(f"initializer_range must be a finite number from 0, got {self.initializer_range!r}")
+        if self.max_input_length is not None and self.max_input_length < 1:
+            raise ValueError(f"max_input_length must be a positive whole number, got {self.max_input_length!r}")
+        if self.pooling not in _POOLINGS:
+            raise ValueError(f"pooling must be mean, first, last or None, got {shown(self.pooling)}")
+        if (wrong := check_generation_options(self.generation)) is not None:
+            raise ValueError(wrong)
+        if self.config_version != CONFIG_VERSION:
+            raise ValueError(f"config_version must be {CONFIG_VERSION}, got {self.config_version!r}")
         if self.tasks is not None and not isinstance(self.tasks, (list, tuple)):
             raise ValueError(f"tasks must be a list of tasks, got {type(self.tasks).__name__}")
         self.tasks = [task.to_dict() for task in check_tasks(self.tasks)] if self.tasks else []
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        """Read a saved configuration, after checking its file."""
+        check_config_file(pretrained_model_name_or_path, kwargs)
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of a saved one, of this version or an older one.
+
+        Raises:
+            ValueError: It is of a newer version or another scheme, or a value does not fit.
+        """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"a configuration must be a dictionary, got {type(config_dict).__name__}")
+        check_config(config_dict, cls.model_type)
+        try:
+            return super().from_dict(migrate(config_dict), **kwargs)
+        except _MISFITS as error:
+            raise ValueError(f"config.json has a value that does not fit: {shown(error)}") from error
 
     def get_tasks(self) -> list[Task]:
         """Return the tasks as [`Task`] objects, in order."""
@@ -54,4 +102,4 @@ class MultiTaskConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the backbone's configuration: the one with the vocabulary, the width and the special tokens."""
-        return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
+        return cast(PreTrainedConfig, self.backbone_config.get_text_config(decoder=decoder, encoder=encoder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -20,6 +21,8 @@ from .encoder_decoder import drop_decoder
 from .language_head import LanguageHead, is_tied
 from .pretrained_language import LanguageParts, load_language_model
 from .rows import CurrentRows
+from .saved_config import HUB_OPTIONS
+from .saved_weights import check_fits, find_weights, meta_model, read_headers, refuse_report
 from .scheme import SharingScheme
 from .task import Task, check_tasks, closest
 from .task_type import TaskType
@@ -28,7 +31,8 @@ __all__ = ["ConstructedModel"]
 
 logger = logging.get_logger(__name__)
 
-_FOUND = ("generation", "untied_vocabulary")  # fields of the configuration that come with the backbone's checkpoint
+# Fields of the configuration that come with the backbone's checkpoint, and its version.
+_FOUND = ("generation", "untied_vocabulary", "config_version")
 
 
 class ConstructedModel(SharingScheme):
@@ -151,12 +155,50 @@ class ConstructedModel(SharingScheme):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model; arguments and result are those of `PreTrainedModel.from_pretrained`."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        """Load a saved model; arguments and result are those of `PreTrainedModel.from_pretrained`.
+
+        Only safetensors and JSON are read, and nothing is built of a configuration that its weights do not fit.
+
+        Raises:
+            ValueError: The configuration is no model's that can be built, or the weights are not all of that model's,
+                or more. With `output_loading_info=True` what is missing or too much is in the report instead, as in
+                Transformers, and parameters that are missing start at random.
+            OSError: There is no such folder, or it holds no safetensors.
+        """
+        asked = kwargs.pop("output_loading_info", False)
+        if kwargs.pop("use_safetensors", True) is False or kwargs.get("weights_only") is False:
+            raise ValueError("a saved model is read from safetensors alone; leave out use_safetensors and weights_only")
+        if args and args[0] is not None and kwargs.get("gguf_file") is None:
+            cls._check_folder(args[0], kwargs, asked)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, use_safetensors=True, **kwargs)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(f"the weights do not fit the configuration: {error}") from error
         align_memory(model)
         model.freeze_backbone()
-        return loaded
+        if asked:
+            return model, info
+        refuse_report(info, args[0] if args else None)
+        return model
+
+    @classmethod
+    def _check_folder(cls, folder: Any, options: dict[str, Any], gaps: bool) -> None:
+        """Check that a saved model is one, before memory is taken for it; see [`saved_weights`]."""
+        files = find_weights(folder, options, options.get("variant"))
+        config = options.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            where = {key: options[key] for key in HUB_OPTIONS if key in options}
+            config = cls.config_class.from_pretrained(folder if config is None else config, **where)
+        config = copy.deepcopy(config)
+        for key, value in options.items():
+            if hasattr(config, key) and key not in ("dtype", "torch_dtype"):
+                setattr(config, key, value)
+        packed = any(getattr(part, "quantization_config", None) for part in (config, config.backbone_config))
+        if options.get("ignore_mismatched_sizes") or options.get("quantization_config") is not None:
+            return
+        check_fits(meta_model(cls, config, folder), read_headers(files), folder, packed, gaps)
 
     def _settle_decoder(self, backbone: PreTrainedModel) -> None:
         """Take the decoder out of an encoder-decoder, where no task writes.

@@ -8,23 +8,28 @@ remembers the backbone's id and a hash of its weights; loading checks that the b
 from __future__ import annotations
 
 import copy
-import json
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import cached_file
 
-from .backbone import HUB_OPTIONS, load_backbone, weights_hash
+from .backbone import load_backbone, weights_hash
 from .base import MultiTaskModel
 from .configuration import MultiTaskConfig
 from .language_head import CausalLanguageHead
+from .limits import is_text, shown
 from .pretrained_language import load_language_model
+from .saved_config import HUB_OPTIONS
+from .saved_weights import check_fits, check_shapes, find_weights, headers_of, meta_model, read_tensors
 from .task_type import TaskType
 
 __all__ = ["FrozenBackboneConfig", "FrozenBackboneModel"]
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _OF_BACKBONE = ("backbone.", "lm_head.")  # the tensors that came with the backbone's checkpoint
+_SHARES = ("\\\\", "//")  # disks of other machines
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -44,11 +50,23 @@ class FrozenBackboneConfig(MultiTaskConfig):
         backbone_name: Hub id or folder of the backbone, where it is known.
         backbone_hash: SHA-256 of the backbone's weights, in hexadecimal.
         backbone_saved: Whether the folder that this configuration is in holds the backbone's weights.
+
+    Raises:
+        ValueError: The name or the hash cannot be one.
     """
 
     backbone_name: str | None = None
     backbone_hash: str | None = None
     backbone_saved: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check what describes the backbone."""
+        super().__post_init__(**kwargs)
+        name = self.backbone_name
+        if name is not None and (not is_text(name) or not name.isprintable() or name.startswith(_SHARES)):
+            raise ValueError(f"backbone_name must be a Hub id or a folder, got {shown(name)}")
+        if self.backbone_hash is not None and not re.fullmatch("[0-9a-f]{64}", self.backbone_hash):
+            raise ValueError(f"backbone_hash must be a SHA-256 in hexadecimal, got {shown(self.backbone_hash)}")
 
 
 class FrozenBackboneModel(MultiTaskModel):
@@ -144,6 +162,8 @@ class FrozenBackboneModel(MultiTaskModel):
             return
         for folder, names in folders.items():
             place = Path(save_directory, folder)
+            if not place.resolve().is_relative_to(Path(save_directory).resolve()):
+                raise ValueError(f"{str(place)!r} is a link that leads out of the folder; remove it")
             place.mkdir(parents=True, exist_ok=True)
             adapter = self.adapter_config(folder)
             adapter.base_model_name_or_path = self.config.backbone_name
@@ -179,16 +199,22 @@ class FrozenBackboneModel(MultiTaskModel):
         for key, value in fields.items():
             setattr(config, key, value)
         where.pop("trust_remote_code", None)
-        with torch.device("meta"):
-            skeleton = cls(config)
-        tensors = _load_tensors(folder, where)
+        files = find_weights(folder, where, kwargs.pop("variant", None))
+        skeleton = meta_model(cls, config, folder)
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= read_tensors(file)
         for part in skeleton.adapter_tensors():
             tensors |= skeleton._read_adapter(folder, part, where)
-        _check_shapes(skeleton, tensors, str(folder))
+        check_shapes(skeleton, headers_of(tensors), folder)
         if not config.backbone_saved:
+            if backbone is None:
+                _check_source(config.backbone_name, folder)
             tensors |= _backbone_tensors(config, backbone, skeleton.lm_head is not None)
         elif backbone is not None:
             raise ValueError(f"{str(folder)!r} holds the backbone's weights; leave out backbone={backbone!r}")
+        packed = bool(getattr(config.backbone_config, "quantization_config", None))
+        check_fits(skeleton, headers_of(tensors), folder, packed, bool(kwargs.get("output_loading_info")))
         if not any(key in kwargs for key in dtypes):
             kwargs["dtype"] = config.dtype
         return super().from_pretrained(None, *rest, config=config, state_dict=tensors, **kwargs)
@@ -201,7 +227,7 @@ class FrozenBackboneModel(MultiTaskModel):
         """
         for part in self.adapter_tensors():
             loaded = self._read_adapter(folder, part, {})
-            _check_shapes(self, loaded, str(folder))
+            check_shapes(self, headers_of(loaded), folder)
             with torch.no_grad():
                 for name, value in loaded.items():
                     self.get_parameter(name).copy_(value)
@@ -220,7 +246,7 @@ class FrozenBackboneModel(MultiTaskModel):
                 f"{str(folder)!r} has no {part}/{_ADAPTER_WEIGHTS}, the part of a task in its configuration; "
                 f"the parts are {', '.join(self.adapter_tensors())}"
             )
-        saved = load_file(file)
+        saved = read_tensors(file)
         names = self.adapter_tensors()[part]
         missing = sorted(set(names.values()) - set(saved))
         extra = sorted(set(saved) - set(names.values()))
@@ -232,30 +258,27 @@ class FrozenBackboneModel(MultiTaskModel):
         return {ours: saved[peft] for ours, peft in names.items()}
 
 
-def _load_tensors(folder: Any, where: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a saved model's `model.safetensors`, or of its shards."""
-    options = {**where, "_raise_exceptions_for_missing_entries": False}
-    file = cached_file(folder, SAFE_WEIGHTS_NAME, **options)
-    if file is not None:
-        return load_file(file)
-    index = cached_file(folder, SAFE_WEIGHTS_INDEX_NAME, **options)
-    if index is None:
-        raise OSError(f"{str(folder)!r} has no {SAFE_WEIGHTS_NAME}: it is no saved model")
-    shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        tensors |= load_file(str(cached_file(folder, shard, **where)))
-    return tensors
+def _check_source(source: str | None, folder: Any) -> None:
+    """Check where a configuration says that its backbone is.
 
+    A path on this disk is followed only for a model that lies on this disk itself. It is only read, and only taken if
+    its weights have the hash that the configuration names.
 
-def _check_shapes(model: MultiTaskModel, tensors: Mapping[str, Tensor], folder: str) -> None:
-    """Raise where tensors do not fit a model of the saved configuration."""
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    for name, value in tensors.items():
-        if name in wanted and value.shape != wanted[name]:
-            raise ValueError(
-                f"{name} in {folder!r} has the shape {list(value.shape)}; the configuration says {list(wanted[name])}"
-            )
+    Raises:
+        ValueError: It is no Hub id, and the model came from the Hub.
+    """
+    if source is None or Path(folder).is_dir():
+        return
+    try:
+        validate_repo_id(source)
+        relative = source.startswith(".") or Path(source).exists()
+    except HFValidationError:
+        relative = True
+    if relative:
+        raise ValueError(
+            f"{str(folder)!r} says that its backbone is {shown(source)}, a path on some disk and no Hub id; give the "
+            "backbone by from_pretrained(..., backbone=...)"
+        )
 
 
 def _backbone_tensors(

@@ -7,16 +7,17 @@ and read back from there, and every other part of the package asks it instead of
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
-from .task_options import check_columns, check_type_options, template_fields
+from .limits import MOST_LABELS, MOST_TASKS, is_text, shown
+from .task_options import check_columns, check_type_options, settle_labels, template_fields
 from .task_type import TaskType
 from .weight_schedule import settle_schedule
 
@@ -42,11 +43,12 @@ _DEFAULT_LABEL_COLUMN = {
 }
 _POOLINGS = ("mean", "first", "last")
 _HEADS = ("mlp", "linear", "native")
+_LARGEST = 1e30  # of a weight; losses are computed in float32
 
 
 def closest(name: object, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the known name nearest to a misspelt one, or an empty string."""
-    matches = get_close_matches(str(name), list(known), n=1)
+    matches = get_close_matches(str(name)[:100], list(known), n=1)
     return f", did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -150,14 +152,19 @@ class Task:
         except ValueError:
             known = [t.value for t in TaskType]
             raise ValueError(
-                f"task {self.name!r}: type {self.type!r} is not known{closest(self.type, known)}; "
+                f"task {self.name!r}: type {shown(self.type)} is not known{closest(self.type, known)}; "
                 f"types are {', '.join(known)}"
             ) from None
         text_columns = (self.text_columns,) if isinstance(self.text_columns, str) else self.text_columns
+        if not isinstance(text_columns, (list, tuple, type(None))):
+            raise self._fail(f"text_columns must name one column, or two for pairs, got {shown(text_columns)}")
         if isinstance(self.prompt, (str, list, tuple)):
             self._set("prompt", (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt))
         self._set("type", task_type)
-        self._set("labels", None if self.labels is None else self._check_labels(self.labels))
+        try:
+            self._set("labels", settle_labels(self.labels))
+        except ValueError as error:
+            raise self._fail(str(error)) from None
         self._set("dataset", self.name if self.dataset is None else self.dataset)
         if (wrong := check_type_options(self)) is not None:
             raise self._fail(wrong)
@@ -182,20 +189,6 @@ class Task:
     def _fail(self, what: str) -> ValueError:
         return ValueError(f"task {self.name!r}: {what}")
 
-    def _check_labels(self, labels: Sequence[str]) -> tuple[str, ...]:
-        if isinstance(labels, str):
-            raise self._fail(f"labels must be a list of names, got the string {labels!r}")
-        if not isinstance(labels, Iterable):
-            raise self._fail(f"labels must be a list of names, got {labels!r}")
-        labels = tuple(labels)
-        for label in labels:
-            if not isinstance(label, str) or not label:
-                raise self._fail(f"label {label!r} is not a non-empty string")
-        repeated = sorted({label for label in labels if labels.count(label) > 1}) if len(labels) < 5000 else []
-        if repeated or len(set(labels)) != len(labels):
-            raise self._fail(f"labels appear more than once: {', '.join(map(repr, repeated)) or 'several'}")
-        return labels
-
     def _check_options(self) -> None:
         if self.type.has_labels:
             fewest = 2 if self.type is TaskType.SINGLE_LABEL_CLASSIFICATION else 1
@@ -210,11 +203,11 @@ class Task:
         elif self.type is TaskType.CAUSAL_LM and self.labels and self.label_column is None:
             raise self._fail("labels are the closed set of targets; give prompt or label_column too")
         if not isinstance(self.dataset, str) or not self.dataset:
-            raise self._fail(f"dataset must be a name, got {self.dataset!r}")
+            raise self._fail(f"dataset must be a name, got {shown(self.dataset)}")
         if (len(self.text_columns) > 2 and self.prompt is None) or not all(
             isinstance(c, str) and c for c in self.text_columns
         ):
-            raise self._fail(f"text_columns must name one column, or two for pairs, got {self.text_columns!r}")
+            raise self._fail(f"text_columns must name one column, or two for pairs, got {shown(self.text_columns)}")
         if len(set(self.text_columns)) != len(self.text_columns):
             raise self._fail(f"text_columns names one column twice: {self.text_columns!r}")
         if self.label_column in self.text_columns:
@@ -222,13 +215,15 @@ class Task:
         if (wrong := check_columns(self)) is not None:
             raise self._fail(wrong)
         weight = self.weight
-        if not _is_number(weight) or not 0 <= weight < math.inf:
-            raise self._fail(f"weight must be a finite number of at least 0, got {weight!r}")
+        if not _is_number(weight) or not 0 <= weight < _LARGEST:
+            raise self._fail(f"weight must be a finite number of at least 0, got {shown(weight)}")
+        if self.metric is not None and not is_text(self.metric):
+            raise self._fail(f"metric must be the name of a metric, got {shown(self.metric)}")
         self._set("weight_schedule", settle_schedule(self.weight_schedule, f"task {self.name!r}: "))
         if self.pooling not in (None, *_POOLINGS):
-            raise self._fail(f"pooling {self.pooling!r} is not one of {', '.join(_POOLINGS)}")
+            raise self._fail(f"pooling {shown(self.pooling)} is not one of {', '.join(_POOLINGS)}")
         if self.head not in _HEADS:
-            raise self._fail(f"head {self.head!r} is not one of {', '.join(_HEADS)}")
+            raise self._fail(f"head {shown(self.head)} is not one of {', '.join(_HEADS)}")
         if self.type.is_language and (self.head != "mlp" or self.pooling is not None or self.head_dropout is not None):
             raise self._fail(f"the head of {self.type} is the backbone's own; leave out head, pooling and head_dropout")
         if self.head == "native" and (self.pooling is not None or self.head_dropout is not None):
@@ -236,17 +231,17 @@ class Task:
         for field in ("head_dropout", "label_smoothing"):
             value = getattr(self, field)
             if value is not None and not (_is_number(value) and 0.0 <= value < 1.0):
-                raise self._fail(f"{field} must lie in [0, 1), got {value!r}")
+                raise self._fail(f"{field} must lie in [0, 1), got {shown(value)}")
         if self.label_smoothing and self.type not in (
             TaskType.SINGLE_LABEL_CLASSIFICATION,
             TaskType.TOKEN_CLASSIFICATION,
         ):
             raise self._fail(f"label_smoothing is for losses with a softmax, not for {self.type}")
         if not isinstance(self.auxiliary, bool):
-            raise self._fail(f"auxiliary must be true or false, got {self.auxiliary!r}")
+            raise self._fail(f"auxiliary must be true or false, got {shown(self.auxiliary)}")
         length = self.max_length
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-            raise self._fail(f"max_length must be a positive whole number, got {self.max_length!r}")
+            raise self._fail(f"max_length must be a positive whole number, got {shown(self.max_length)}")
 
     @property
     def is_classification(self) -> bool:
@@ -273,16 +268,18 @@ class Task:
         Raises:
             ValueError: A key is unknown (the closest known one is named) or a value does not fit.
         """
-        name = values.get("name")
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a task must be a dictionary of its fields, got {shown(values)}")
+        name = shown(values.get("name"))
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
                 raise ValueError(
-                    f"task {name!r}: unknown key {key!r}{closest(key, known)}; keys are {', '.join(known)}"
+                    f"task {name}: unknown key {shown(key)}{closest(key, known)}; keys are {', '.join(known)}"
                 )
         for key in ("name", "type"):
             if key not in values:
-                raise ValueError(f"task {name!r}: key {key!r} is missing")
+                raise ValueError(f"task {name}: key {key!r} is missing")
         arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**arguments)
 
@@ -294,7 +291,7 @@ def _is_number(value: object) -> bool:
 def _check_name(name: object) -> None:
     rule = "a task name is made of letters, digits, '_' and '-', starts with no '-' and has at most 64 characters"
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"task name {name!r} cannot be a module and file name: {rule}")
+        raise ValueError(f"task name {shown(name)} cannot be a module and file name: {rule}")
     if hasattr(nn.ModuleDict(), name):
         raise ValueError(f"task name {name!r} is taken by torch.nn.ModuleDict, which holds the heads; choose another")
     if name.lower() in _RESERVED_FILE_NAMES:
@@ -306,13 +303,17 @@ def check_tasks(tasks: Iterable[Task | dict[str, Any]]) -> list[Task]:
 
     Raises:
         ValueError: There is no task, two names are equal or differ in case only, no task is trained for its own sake,
-            or all weights are zero.
+            all weights are zero, or there are more tasks or labels than a model can have.
     """
-    tasks = list(tasks)
+    tasks = list(itertools.islice(tasks, MOST_TASKS + 1))
+    if len(tasks) > MOST_TASKS:
+        raise ValueError(f"there are more tasks than the {MOST_TASKS:,} that a model can have")
     for task in tasks:
         if not isinstance(task, (Task, dict)):
-            raise ValueError(f"tasks must be Task objects (or dictionaries of their fields), got {task!r}")
+            raise ValueError(f"tasks must be Task objects (or dictionaries of their fields), got {shown(task)}")
     checked = [task if isinstance(task, Task) else Task.from_dict(task) for task in tasks]
+    if (count := sum(len(task.labels or ()) for task in checked)) > MOST_LABELS:
+        raise ValueError(f"the tasks have {count:,} labels together, more than the {MOST_LABELS:,} of a model")
     if not checked:
         raise ValueError("tasks is empty: a multi-task model needs at least one task")
     seen: dict[str, str] = {}

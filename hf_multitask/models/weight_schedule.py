@@ -31,6 +31,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "cosine": {"end": 0.0, "until": 1.0},
     "off": {"after": ...},
 }
+_LARGEST = 1e30  # losses are computed in float32
 _EXAMPLE_OF_OFF = '{"type": "off", "after": 0.5}'
 
 
@@ -88,7 +89,7 @@ def _nearest(name: object, known: Mapping[str, Any]) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
 def _is_time(value: object, first: int, to_the_end: bool) -> bool:
