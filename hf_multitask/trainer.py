@@ -32,6 +32,7 @@ from .evaluation import MultiTaskEvaluation, check_compute_metrics
 from .generation import check_generation
 from .guard import LossGuard
 from .guarded_step import MultiTaskGuarding
+from .hub.trainer_push import MultiTaskPushing
 from .loading import make_loader, make_streams
 from .models.backbone import sharding_units
 from .models.base import MultiTaskModel
@@ -44,7 +45,7 @@ __all__ = ["MultiTaskSeq2SeqTrainer", "MultiTaskTrainer", "MultiTaskTrainerMixin
 logger = logging.get_logger(__name__)
 
 
-class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTaskGuarding):
+class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTaskGuarding, MultiTaskPushing):
     """What makes a `Trainer`, or a class derived from it, one for multi-task models.
 
     All arguments, callbacks and features of the trainer keep their meaning. Put it first:

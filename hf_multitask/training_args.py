@@ -92,6 +92,11 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `on_nonfinite_loss`: `raise` stops before the step when the loss of a task is NaN or infinite, and names task,
       step and rows; `skip` leaves the step out, counts it and logs `skipped_steps`.
 
+    What goes to the Hub:
+
+    - `hub_include_code`: save the modelling code with the model, so that it loads with `trust_remote_code=True` where
+      this library is not installed (see [`hf_multitask.hub.code`]).
+
     Raises:
         ValueError: An argument is not one of its values; the nearest is named.
 
@@ -155,6 +160,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
     packing_length: int | None = field(default=None, metadata={"help": "Most tokens of a packed sequence."})
     dataset_sizes: dict[str, int] | str | None = field(
         default=None, metadata={"help": "Rows of streamed datasets by name, as JSON."}
+    )
+    hub_include_code: bool = field(
+        default=False, metadata={"help": "Save the modelling code with the model, for trust_remote_code=True."}
     )
 
     # Values of these may be given as JSON on a command line.
