@@ -1,6 +1,6 @@
 """Raw text in, readable answers out: every task of a saved model from one pass of the encoder.
 
-A [`Predictor`] is what `hf-multitask predict` runs. Answers by task type:
+A [`Predictor`] is what `hf-multitask predict` and `pipeline("multi-task")` run. Answers by task type:
 
 | type | answer |
 |---|---|
@@ -13,33 +13,40 @@ A [`Predictor`] is what `hf-multitask predict` runs. Answers by task type:
 | `causal_lm`, `seq2seq_lm` | `{"text"}`, what is written; `{"label", "score"}` where targets are a closed set |
 
 Scores are probabilities in [0, 1], an entity's is that of its least certain word; `start` and `end` count characters
-of the text (words, for input that is a list of words). Where tags are no BIO scheme, every word is listed.
+of the text (words, for input that is a list of words). Where tags are no BIO scheme, every word is listed. With
+`top_k`, tasks that choose among labels or choices answer with a list of the k likeliest instead, best first, however
+likely they are.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
-from .data.preprocessing import longest_input
+from .data.preprocessing import check_tokenizer, longest_input
+from .generation import check_generation
 from .models.auto import AutoModelForMultiTask
 from .models.base import MultiTaskModel
-from .models.passes import Segment
 from .models.task import Task, TaskType, closest
+from .prediction_answers import find_entities, text_answer
+from .prediction_inputs import Reading, Text, check_options, read_input
+from .prediction_windows import Window, cut_into_windows, mean_logits, run_windows, word_probabilities
 from .row_prediction import predict_rows, reads_own_rows
-from .text_prediction import predict_texts
+from .text_prediction import predict_texts, writes
 
 __all__ = ["Predictor"]
 
-# Words of running text: numbers, words with inner marks, @names and #tags, and single marks.
-_WORD = re.compile(r"[@#]?\w+(?:[-'’.,:/]\w+)*|[^\w\s]")
+logger = logging.get_logger(__name__)
 
-Text = str | Sequence[str] | tuple[str, str] | dict[str, Any]
+# Batches whose texts are sorted by length together: of a stream one, so that answers come with the texts.
+_SORTED_BATCHES = 16
 
 
 class Predictor:
@@ -48,17 +55,25 @@ class Predictor:
     Args:
         model: The model.
         tokenizer: Its tokenizer, a fast one.
-        max_length: Longest input in tokens; longer texts are cut, contexts of questions read in several windows
-            (default: what the model was trained on).
+        max_length: Longest input in tokens; longer texts are cut or read in windows, contexts of questions read in
+            windows in any case (default: what the model was trained on).
 
     Raises:
-        ValueError: The tokenizer cannot tell where its tokens lie in the text, or all tasks are `masked_lm`, which
-            has no answers.
+        ValueError: It is no multi-task model; the tokenizer is missing, belongs to another model, cannot pad or cannot
+            tell where its tokens lie in the text; or all tasks are `masked_lm`, which has no answers.
     """
 
     def __init__(self, model: MultiTaskModel, tokenizer: Any, max_length: int | None = None) -> None:
+        if not isinstance(model, MultiTaskModel):
+            raise ValueError(
+                f"{type(model).__name__} is no multi-task model; load one with AutoModelForMultiTask.from_pretrained"
+            )
+        if tokenizer is None:
+            raise ValueError("there is no tokenizer: give the one that the model was trained with")
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__} has no offsets; a fast tokenizer is needed")
+        check_tokenizer(tokenizer, model)
+        check_options(max_length=(max_length, 1))
         self.model = model.eval()
         self.tokenizer = tokenizer
         # Words that nobody hid are not looked for.
@@ -74,200 +89,142 @@ class Predictor:
 
         Raises:
             FileNotFoundError: It looks like a folder and there is none.
+            ValueError: It is no multi-task model, or the device is not known.
         """
         folder = str(folder)
         if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
             raise FileNotFoundError(f"model folder {folder!r} does not exist")
         model = AutoModelForMultiTask.from_pretrained(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), AutoTokenizer.from_pretrained(folder))
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or ["it is not there"])[0]
+            raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+        return cls(model, AutoTokenizer.from_pretrained(folder))
 
     def __call__(
-        self, texts: Iterable[Text], tasks: Sequence[str] | None = None, batch_size: int = 32
+        self,
+        texts: Iterable[Text],
+        tasks: Sequence[str] | None = None,
+        batch_size: int = 32,
+        *,
+        stride: int | None = None,
+        top_k: int | None = None,
+        generate_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yield one dictionary of answers by task for each text.
 
+        Texts of a list are checked before the first is predicted; a stream is read batch by batch. Where texts are cut,
+        one message in the log tells how many.
+
         Args:
             texts: Strings; pairs of strings as a tuple (question and context); lists of words; texts and a list of
-                choices as a tuple; or rows with the tasks' columns.
+                choices as a tuple; rows with the tasks' columns; or rows of `text` and `text_pair`.
             tasks: Names of the tasks (default: all that can read the text and are not auxiliary).
             batch_size: Texts per pass of the encoder.
+            stride: Read a text that is too long in windows that share so many tokens, and put the answers together
+                (see [`hf_multitask.prediction_windows`]); by default its end is cut off. Of questions it takes the
+                place of the task's own. Prompts and choices are cut as in training in any case.
+            top_k: Return so many labels or choices with their scores, best first; more than there are gives all.
+            generate_kwargs: Arguments of `generate` for tasks that write; they go before `Task(generation=...)`.
 
         Raises:
-            ValueError: A task is unknown, or a text is of no form that it can read.
+            ValueError: A task or an option is unknown or out of range, or a text is of no form that it can read.
         """
-        for name in tasks or ():
+        if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+            raise ValueError(f"texts must be a list or another iterable of texts, got {texts!r}; put one into a list")
+        check_options(batch_size=(batch_size, 1), stride=(stride, 0), top_k=(top_k, 1))
+        chosen = self._choose(tasks, stride, generate_kwargs)
+        options = {"fitting": not tasks, "max_length": self.max_length}
+        readings: Iterator[list[Reading]] = (
+            read_input(text, chosen, number, **options) for number, text in enumerate(texts)
+        )
+        if isinstance(texts, (list, tuple)):
+            readings = iter(list(readings))
+        size = batch_size * (_SORTED_BATCHES if isinstance(texts, Sized) else 1)
+        names = [task.name for task in chosen]
+        done, cut = 0, 0
+        while part := list(islice(readings, size)):
+            answers, lost = self._predict(part, done, batch_size, stride, top_k)
+            done, cut = done + len(part), cut + lost
+            for answer in answers:
+                yield {name: answer[name] for name in names if name in answer}
+        if cut:
+            logger.warning(
+                f"{cut} of {done} texts have more tokens than their tasks read (at most {self.max_length}) and were "
+                "cut: what lies beyond counts for nothing; with stride=... they are read in windows"
+            )
+
+    def _choose(
+        self, names: Sequence[str] | None, stride: int | None, generate_kwargs: Mapping[str, Any] | None
+    ) -> list[Task]:
+        """Return the tasks that are wanted, with what the call changes of them."""
+        if isinstance(names, str):
+            raise ValueError(f"tasks must be a list of names, got {names!r}; write [{names!r}]")
+        for name in names or ():
             if name not in self.tasks:
                 raise ValueError(f"no task {name!r}{closest(name, self.tasks)}; tasks are {', '.join(self.tasks)}")
-        chosen = [self.tasks[name] for name in (tasks or self.tasks)]
-        # What each input is for each way of reading it: the tasks that read it so share one pass of the encoder.
-        rows = [self._read(text, chosen, number, fitting=not tasks) for number, text in enumerate(texts)]
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            answers: list[dict[str, Any]] = [{} for _ in batch]
-            passes: dict[tuple, tuple[list[int], list[tuple[Any, ...]]]] = {}
-            for i, readings in enumerate(batch):
-                for names, length, row in readings:
-                    # A pass takes texts of one form: single or pair, running text or words.
-                    places, inputs = passes.setdefault((names, length, len(row), isinstance(row[0], str)), ([], []))
-                    places.append(i)
-                    inputs.append(row)
-            for (names, length, *_), (places, inputs) in passes.items():
-                if reads_own_rows(task := self.tasks[names[0]]):
-                    numbers = [start + place for place in places]
-                    answer_rows = predict_texts if task.type.generates else predict_rows
-                    own = answer_rows(self.model, self.tokenizer, task, inputs, numbers, length, batch_size)
-                    found = [{task.name: answer} for answer in own]
-                else:
-                    found = self._predict(inputs, [self.tasks[name] for name in names], length)
-                for i, answer in zip(places, found, strict=True):
-                    answers[i] |= answer
-            for answer in answers:
-                yield {task.name: answer[task.name] for task in chosen if task.name in answer}
-
-    def _read(
-        self, text: Text, tasks: Sequence[Task], number: int, fitting: bool
-    ) -> list[tuple[tuple[str, ...], int, tuple[Any, ...]]]:
-        """Return how the tasks read one input: (names of the tasks, longest input, texts) for each way.
-
-        With `fitting`, tasks that read something else are left out; one must be left.
-        """
-        groups: dict[tuple, list[str]] = {}
-        misfits = []
-        for task in tasks:
-            length = min(task.max_length or self.max_length, self.max_length)
-            own = task.name if reads_own_rows(task) else None
-            if isinstance(text, dict):
-                fits = {*task.text_columns, *(task.choice_columns or ())} <= set(text)
-                key: tuple = (length, task.text_columns, own)
-            else:
-                several = len(text) if isinstance(text, tuple) else 1
-                # Words all along are a text; behind a text they are choices.
-                chooses = several > 1 and isinstance(text[0], str) and isinstance(text[-1], list)
-                fits = len(task.text_columns) == several - chooses and chooses == (task.choice_columns is not None)
-                key = (length, None, own)
-            if fits:
-                groups.setdefault(key, []).append(task.name)
-            else:
-                misfits.append(task)
-        if misfits and (not fitting or not groups):
-            task = misfits[0]
-            if isinstance(text, dict):
-                wanted = sorted({c for task in misfits for c in (*task.text_columns, *(task.choice_columns or ()))})
+        chosen = [self.tasks[name] for name in dict.fromkeys(names or self.tasks)]
+        if generate_kwargs:
+            if not any(map(writes, chosen)):
                 raise ValueError(
-                    f"input {number} has the keys {sorted(text)}; the tasks read {', '.join(wanted)}; "
-                    "choose the tasks that fit"
+                    f"generate_kwargs is for tasks that write, and none of {', '.join(t.name for t in chosen)} does"
                 )
-            form = "a pair of texts" if len(task.text_columns) == 2 else "one text"
-            form += " and a list of choices" if task.choice_columns else ""
-            given = len(text) if isinstance(text, tuple) else 1
-            raise ValueError(
-                f"input {number}: task {task.name!r} reads {form}, got {given} text(s); choose other tasks"
-            )
-        readings = []
-        for (length, columns, _), names in groups.items():
-            row = tuple(text[c] for c in columns) if columns else text if isinstance(text, tuple) else (text,)
-            choices = self.tasks[names[0]].choice_columns
-            if isinstance(text, dict) and choices:
-                row = (*row, text[choices[0]] if len(choices) == 1 else [text[c] for c in choices])
-            for part in row:
-                words = isinstance(part, list) and all(isinstance(word, str) for word in part)
-                if self.tasks[names[0]].type.generates:  # chat messages, too
-                    words = words or (isinstance(part, list) and all(isinstance(one, dict) for one in part))
-                if not (isinstance(part, str) or words) or not part or (isinstance(part, str) and not part.strip()):
-                    raise ValueError(f"input {number} is {part!r}; a text must be a non-empty string or list of words")
-            readings.append((tuple(names), length, row))
-        return readings
+            chosen = [
+                replace(task, generation={**(task.generation or {}), **generate_kwargs}) if writes(task) else task
+                for task in chosen
+            ]
+            check_generation([task for task in chosen if writes(task)], False)
+        if stride is not None:
+            chosen = [
+                replace(task, stride=stride) if task.type is TaskType.QUESTION_ANSWERING else task for task in chosen
+            ]
+        return chosen
 
-    @torch.inference_mode()
-    def _predict(self, rows: Sequence[tuple[Any, ...]], tasks: Sequence[Task], length: int) -> list[dict[str, Any]]:
-        words = not isinstance(rows[0][0], str)
-        encoded = self.tokenizer(
-            *[[row[i] for row in rows] for i in range(len(rows[0]))],
-            truncation=True,
-            max_length=length,
-            padding=True,
-            padding_side="right",
-            is_split_into_words=words,
-            return_offsets_mapping=True,
-            return_tensors="pt",
-        )
-        offsets = encoded.pop("offset_mapping").tolist()
-        whole = Segment(0, len(rows), encoded["input_ids"].shape[1])
-        inputs = {key: value.to(self.model.device) for key, value in encoded.items()}
-        logits = self.model(**inputs, segments={task.name: whole for task in tasks}).logits
-        answers: list[dict[str, Any]] = [{} for _ in rows]
-        for task in tasks:
-            scores = logits[task.name].float().cpu()
-            if task.type is TaskType.TOKEN_CLASSIFICATION:
-                for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-                    spans = (
-                        _given_words(row[0], encoded.word_ids(i))
-                        if words
-                        else _found_words(row[0], offsets[i], encoded.sequence_ids(i))
-                    )
-                    answer[task.name] = _entities(task, row[0], spans, scores[i].softmax(-1))
-            else:
-                for answer, row_scores in zip(answers, scores, strict=True):
-                    answer[task.name] = _answer(task, row_scores)
-        return answers
+    def _predict(
+        self, inputs: Sequence[Sequence[Reading]], first: int, batch_size: int, stride: int | None, top_k: int | None
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Return the answers for some inputs, and how many of these were cut; `first` is the number of the first."""
+        answers: list[dict[str, Any]] = [{} for _ in inputs]
+        groups: dict[tuple, tuple[list[int], list[Reading]]] = {}
+        for place, readings in enumerate(inputs):
+            for one in readings:
+                # What goes through tokenizer and encoder together has one form: single or pair, text or words.
+                form = tuple(task.name for task in one.tasks), one.length, len(one.texts), isinstance(one.texts[0], str)
+                places, members = groups.setdefault(form, ([], []))
+                places.append(place)
+                members.append(one)
+        windows: dict[tuple, Window] = {}
+        reads: list[tuple[int, Reading, list[Window]]] = []
+        cut: set[int] = set()
+        for places, members in groups.values():
+            numbers = [first + place for place in places]
+            texts = [one.texts for one in members]
+            task, length = members[0].tasks[0], members[0].length
+            if reads_own_rows(task):
+                answer_rows = predict_texts if task.type.generates else predict_rows
+                found = answer_rows(self.model, self.tokenizer, task, texts, numbers, length, batch_size, top_k)
+                for place, answer in zip(places, found, strict=True):
+                    answers[place][task.name] = answer
+                continue
+            parts = cut_into_windows(self.tokenizer, texts, length, stride, numbers)
+            for place, one, own in zip(places, members, parts, strict=True):
+                # Tasks with other columns or lengths may see the same tokens; these take one row.
+                shared = [windows.setdefault((place, window.key), window) for window in own]
+                for window in shared:
+                    window.tasks.update((task.name, task) for task in one.tasks)
+                reads.append((place, one, shared))
+                if any(window.cut for window in own):
+                    cut.add(place)
+        run_windows(self.model, self.tokenizer, windows.values(), batch_size)
+        for place, one, own in reads:
+            for task in one.tasks:
+                answers[place][task.name] = _answer(task, own, one.texts[0], top_k)
+        return answers, len(cut)
 
 
-def _answer(task: Task, scores: torch.Tensor) -> Any:
-    """Return the readable form of one row's logits, `[C]`."""
-    labels = task.labels or ()
-    if task.type is TaskType.REGRESSION:
-        values = [round(value, 4) for value in scores.tolist()]
-        return dict(zip(labels, values, strict=True)) if labels else values[0]
-    if task.type is TaskType.MULTI_LABEL_CLASSIFICATION:
-        probabilities = scores.sigmoid().tolist()
-        return [
-            {"label": label, "score": round(p, 4)} for label, p in zip(labels, probabilities, strict=True) if p > 0.5
-        ]
-    probability, best = scores.softmax(-1).max(-1)
-    return {"label": labels[int(best)], "score": round(float(probability), 4)}
-
-
-# A word as (token that carries its label, start, end).
-_Span = tuple[int, int, int]
-
-
-def _given_words(words: Sequence[str], word_ids: Sequence[int | None]) -> list[_Span]:
-    first = {word: token for token, word in reversed(list(enumerate(word_ids))) if word is not None}
-    return [(first[word], word, word + 1) for word in range(len(words)) if word in first]
-
-
-def _found_words(text: str, offsets: Sequence[Sequence[int]], sequence_ids: Sequence[int | None]) -> list[_Span]:
-    """Return the words of running text, each with the first token that reaches into it."""
-    spans, token = [], 0
-    for match in _WORD.finditer(text):
-        while token < len(offsets) and (sequence_ids[token] is None or offsets[token][1] <= match.start()):
-            token += 1
-        if token == len(offsets):
-            break  # the rest was truncated
-        if offsets[token][0] < match.end():
-            spans.append((token, match.start(), match.end()))
-    return spans
-
-
-def _entities(task: Task, text: Any, spans: Sequence[_Span], probabilities: torch.Tensor) -> list[dict[str, Any]]:
-    """Return the entities of one row (`probabilities` is `[L, C]`), or its words where labels are no BIO scheme."""
-    labels = task.labels or ()
-    bio = any(label.startswith("B-") for label in labels)
-    best_scores, best = probabilities.max(-1)
-    found: list[dict[str, Any]] = []
-    previous = "O"
-    for token, start, end in spans:
-        label, score = labels[int(best[token])], float(best_scores[token])
-        kind = label.split("-", 1)[-1] if bio else label
-        if bio and label.startswith("I-") and previous.split("-", 1)[-1] == kind and previous != "O":
-            found[-1]["end"] = end
-            found[-1]["score"] = min(found[-1]["score"], score)
-        elif not bio or label != "O":
-            found.append({"label": kind, "text": "", "start": start, "end": end, "score": score})
-        previous = label
-    for entity in found:
-        part = text[entity["start"] : entity["end"]]
-        entity["text"] = part if isinstance(part, str) else " ".join(part)
-        entity["score"] = round(entity["score"], 4)
-    return found
+def _answer(task: Task, windows: Sequence[Window], text: Any, top_k: int | None) -> Any:
+    if task.type is TaskType.TOKEN_CLASSIFICATION:
+        return find_entities(task, text, *word_probabilities(windows, text, task))
+    return text_answer(task, mean_logits(windows, task.name), top_k)

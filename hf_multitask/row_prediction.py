@@ -38,7 +38,8 @@ def predict_rows(
     numbers: Sequence[int],
     max_length: int,
     batch_size: int,
-) -> list[dict[str, Any]]:
+    top_k: int | None = None,
+) -> list[Any]:
     """Return one answer for each input.
 
     Args:
@@ -49,9 +50,11 @@ def predict_rows(
         numbers: What number each input has, for messages.
         max_length: Longest row in tokens.
         batch_size: Rows of the encoder per pass (of a question's choices, all that there are).
+        top_k: Return so many choices of each input.
 
     Returns:
-        For a question `{"answer", "start", "end", "score"}`, for choices `{"label", "choice", "score"}`.
+        For a question `{"answer", "start", "end", "score"}`, for choices `{"label", "choice", "score"}`; with `top_k`
+        a list of these, best first.
 
     Raises:
         ValueError: An input holds what is no text, too few choices, or leaves no room for the rest.
@@ -72,7 +75,7 @@ def predict_rows(
     size = max(batch_size // max(map(len, rows[LENGTHS])), 1) if is_choice else batch_size
     logits = _logits(model, tokenizer, MultiTaskDataset([source], {source.name: rows}), size)
     if is_choice:
-        return [_choose(given[-1], scores) for given, scores in zip(inputs, logits, strict=True)]
+        return [_choose(given[-1], scores, top_k) for given, scores in zip(inputs, logits, strict=True)]
     answers = []
     for question in group_windows(rows, [values.numpy() for values in logits]):
         found = find_answer(question, task.max_answer_length)
@@ -100,7 +103,11 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _choose(choices: Sequence[str], scores: Tensor) -> dict[str, Any]:
+def _choose(choices: Sequence[str], scores: Tensor, top_k: int | None) -> Any:
     """Return the likeliest of some choices; of scores there may be more, the lowest there are, for other rows."""
-    probability, best = scores.softmax(-1).max(-1)
-    return {"label": int(best), "choice": choices[int(best)], "score": round(float(probability), 4)}
+    probabilities, numbers = scores.softmax(-1).topk(min(top_k or 1, len(choices)))
+    found = [
+        {"label": number, "choice": choices[number], "score": round(probability, 4)}
+        for probability, number in zip(probabilities.tolist(), numbers.tolist(), strict=True)
+    ]
+    return found[0] if top_k is None else found

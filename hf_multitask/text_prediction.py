@@ -16,10 +16,16 @@ from .data.sources import Source
 from .generation import GenerationEvaluator
 from .models.base import MultiTaskModel
 from .models.task import Task
+from .prediction_answers import top_labels
 
-__all__ = ["predict_texts"]
+__all__ = ["predict_texts", "writes"]
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
+
+
+def writes(task: Task) -> bool:
+    """Return whether a task writes its answers, instead of choosing among a closed set."""
+    return task.type.generates and not (task.labels and task.label_column is not None)
 
 
 def predict_texts(
@@ -30,7 +36,8 @@ def predict_texts(
     numbers: Sequence[int],
     max_length: int,
     batch_size: int,
-) -> list[dict[str, Any]]:
+    top_k: int | None = None,
+) -> list[Any]:
     """Return one answer for each input; prompts are made as in training: templates are drawn by the input's number.
 
     Args:
@@ -41,15 +48,17 @@ def predict_texts(
         numbers: What number each input has, for messages.
         max_length: Longest prompt in tokens.
         batch_size: Rows that go through the model together.
+        top_k: Of a closed set, return so many labels.
 
     Returns:
-        `{"text"}`, or for a closed set `{"label", "score"}`, the score over the probabilities of all labels.
+        `{"text"}`, or for a closed set `{"label", "score"}`, the score over the probabilities of all labels; with
+        `top_k` a list of these, best first.
     """
     forms = {_form(value) for given in inputs for value in given}
     if len(forms) > 1:
         # Columns have one type each: one row after the other then.
         return [
-            predict_texts(model, tokenizer, task, [given], [number], max_length, batch_size)[0]
+            predict_texts(model, tokenizer, task, [given], [number], max_length, batch_size, top_k)[0]
             for given, number in zip(inputs, numbers, strict=True)
         ]
     feature = {"text": Value("string"), "words": List(Value("string")), "messages": _MESSAGES}[forms.pop()]
@@ -62,12 +71,10 @@ def predict_texts(
     dataset = MultiTaskDataset([source], {source.name: rows})
     collate = DataCollatorForMultiTask(tokenizer, model.tasks)
     evaluator = GenerationEvaluator(model, own, tokenizer, collate, batch_size)
-    if own.labels and own.label_column is not None:
-        answers = []
-        for scores in evaluator.label_scores(dataset):
-            probability, best = torch.tensor(scores).softmax(-1).max(-1)
-            answers.append({"label": own.labels[int(best)], "score": round(float(probability), 4)})
-        return answers
+    if own.labels and not writes(own):
+        scores = evaluator.label_scores(dataset)
+        ranked = [top_labels(own.labels, torch.tensor(row).softmax(-1), top_k or 1) for row in scores]
+        return [found[0] if top_k is None else found for found in ranked]
     return [{"text": evaluator.text(tokens)} for tokens in evaluator.write(dataset)]
 
 

@@ -224,7 +224,7 @@ class ConditionedModel(MultiTaskModel):
         if self.rows.value is None:
             return self.run_backbone(self.backbone, input_ids, attention_mask=attention_mask, **kwargs)
         embeds = kwargs.get("inputs_embeds")
-        number = len(cast(Tensor, input_ids) if embeds is None else embeds)
+        number = (cast(Tensor, input_ids) if embeds is None else embeds).shape[0]
         embedding, factors, shifts = self._vectors(self.rows.value, number)
         if embedding is not None and embeds is not None:
             # The backbone does not call its embeddings then, so that the hook there would not see the rows.

@@ -86,8 +86,8 @@ class _Rows:
 
     def _cut(self, value: Any) -> Sequence[Any]:
         # What has no row for each row of the pass (positions of all rows, for example) goes to every encoder.
-        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.encoders * self.rows:
-            return value.chunk(self.encoders)
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == self.encoders * self.rows:
+            return value.unflatten(0, (self.encoders, self.rows)).unbind()
         if isinstance(value, tuple):
             return list(zip(*(self._cut(one) for one in value), strict=True)) or [value] * self.encoders
         return [value] * self.encoders

@@ -201,7 +201,7 @@ class SoftSharingModel(MultiTaskModel):
             raise ValueError("output_attentions=True does not work with cross_stitch=True; ask single encoders")
         count = len(encoders)
         main = cast(Tensor, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
-        rows = len(main)
+        rows = main.shape[0]
         inputs = {"input_ids": input_ids, **kwargs}
         inputs = {
             key: value.repeat(count, *[1] * (value.dim() - 1)) if isinstance(value, Tensor) else value

@@ -1,0 +1,84 @@
+"""Logits → readable answers: labels with their scores, numbers, and entities with the places that they cover."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .models.task import Task, TaskType
+
+__all__ = ["Word", "find_entities", "text_answer", "top_labels"]
+
+Word = tuple[int, int]
+"""Where a word begins in its text, and where it ends: in characters, or in words where those were given."""
+
+_LIKELY = 0.5
+
+
+def top_labels(labels: Sequence[str], probabilities: Tensor, top_k: int) -> list[dict[str, Any]]:
+    """Return the likeliest labels, `{"label", "score"}`, best first.
+
+    Args:
+        labels: The labels.
+        probabilities: `[C]`, theirs.
+        top_k: How many; more than there are gives all.
+    """
+    scores, numbers = probabilities.topk(min(top_k, len(labels)))
+    return [
+        {"label": labels[number], "score": round(score, 4)}
+        for score, number in zip(scores.tolist(), numbers.tolist(), strict=True)
+    ]
+
+
+def text_answer(task: Task, logits: Tensor, top_k: int | None) -> Any:
+    """Return the answer of a task that is about a whole text.
+
+    Args:
+        task: The task.
+        logits: `[C]`, in float32.
+        top_k: The number of labels wanted, or None for those that hold.
+    """
+    labels = task.labels or ()
+    if task.type is TaskType.REGRESSION:
+        values = [round(value, 4) for value in logits.tolist()]
+        return dict(zip(labels, values, strict=True)) if labels else values[0]
+    if task.type is TaskType.MULTI_LABEL_CLASSIFICATION:
+        probabilities = logits.sigmoid()
+        if top_k is not None:
+            return top_labels(labels, probabilities, top_k)
+        pairs = zip(labels, probabilities.tolist(), strict=True)
+        return [{"label": label, "score": round(p, 4)} for label, p in pairs if p > _LIKELY]
+    found = top_labels(labels, logits.softmax(-1), top_k or 1)
+    return found[0] if top_k is None else found
+
+
+def find_entities(task: Task, text: Any, words: Sequence[Word], probabilities: Tensor) -> list[dict[str, Any]]:
+    """Return the entities of a text, or its words where labels are no BIO scheme.
+
+    Args:
+        task: A task that labels words.
+        text: The text, a string or a list of words.
+        words: The words that were read, in the order of the text.
+        probabilities: `[words, C]`, of the labels of each.
+    """
+    labels = task.labels or ()
+    bio = any(label.startswith("B-") for label in labels)
+    found: list[dict[str, Any]] = []
+    previous = "O"
+    scores, numbers = probabilities.max(-1)
+    for (start, end), score, number in zip(words, scores.tolist(), numbers.tolist(), strict=True):
+        label = labels[number]
+        kind = label.split("-", 1)[-1] if bio else label
+        if bio and label.startswith("I-") and previous.split("-", 1)[-1] == kind and previous != "O":
+            found[-1]["end"] = end
+            found[-1]["score"] = min(found[-1]["score"], score)
+        elif not bio or label != "O":
+            found.append({"label": kind, "text": "", "start": start, "end": end, "score": score})
+        previous = label
+    for entity in found:
+        part = text[entity["start"] : entity["end"]]
+        entity["text"] = part if isinstance(part, str) else " ".join(part)
+        entity["score"] = round(entity["score"], 4)
+    return found
