@@ -1,15 +1,26 @@
 """Multi-task learning in the Hugging Face ecosystem: one model, many tasks, a drop-in `Trainer`.
 
-Importing the package registers its models with `AutoConfig` and `AutoModel`; everything else is loaded on first use.
+Importing the package registers its models with `AutoConfig` and `AutoModel`, and its pipeline as "multi-task";
+everything else is loaded on first use.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from transformers.pipelines import PIPELINE_REGISTRY
+
 from .models.auto import AutoModelForMultiTask
 
 __version__ = version("hf_multitask")
+
+# By its path, as Transformers names its own: `register_pipeline` would have to load the class, and would make
+# `save_pretrained` ask for `trust_remote_code` when the pipeline is loaded again.
+PIPELINE_REGISTRY.supported_tasks["multi-task"] = {
+    "impl": f"{__name__}.hub.pipeline.MultiTaskPipeline",
+    "pt": (AutoModelForMultiTask,),
+    "type": "text",
+}
 
 if TYPE_CHECKING:
     from .analysis.advisor import advise

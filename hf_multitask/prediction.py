@@ -24,16 +24,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from .data.preprocessing import check_tokenizer, longest_input
 from .generation import check_generation
 from .models.auto import AutoModelForMultiTask
 from .models.base import MultiTaskModel
+from .models.configuration import MultiTaskConfig
 from .models.task import Task, TaskType, closest
 from .prediction_answers import find_entities, text_answer
 from .prediction_inputs import Reading, Text, check_options, read_input
@@ -41,12 +42,28 @@ from .prediction_windows import Window, cut_into_windows, mean_logits, run_windo
 from .row_prediction import predict_rows, reads_own_rows
 from .text_prediction import predict_texts, writes
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "load_model"]
 
 logger = logging.get_logger(__name__)
 
 # Batches whose texts are sorted by length together: of a stream one, so that answers come with the texts.
 _SORTED_BATCHES = 16
+
+
+def load_model(folder: str | Path) -> tuple[MultiTaskModel, Any]:
+    """Load a model and its tokenizer from a folder or a Hub id.
+
+    Raises:
+        FileNotFoundError: It looks like a folder and there is none.
+        ValueError: It is no multi-task model.
+    """
+    name = str(folder)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"model folder {name!r} does not exist")
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, MultiTaskConfig):
+        raise ValueError(f"{name!r} holds a {config.model_type!r} model, which is no multi-task model")
+    return AutoModelForMultiTask.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
 class Predictor:
@@ -91,17 +108,14 @@ class Predictor:
             FileNotFoundError: It looks like a folder and there is none.
             ValueError: It is no multi-task model, or the device is not known.
         """
-        folder = str(folder)
-        if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
-            raise FileNotFoundError(f"model folder {folder!r} does not exist")
-        model = AutoModelForMultiTask.from_pretrained(folder)
+        model, tokenizer = load_model(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model = model.to(device)
+            model = cast(Any, model).to(device)
         except (RuntimeError, AssertionError) as error:
             reason = (str(error).splitlines() or ["it is not there"])[0]
             raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
-        return cls(model, AutoTokenizer.from_pretrained(folder))
+        return cls(model, tokenizer)
 
     def __call__(
         self,
@@ -136,9 +150,8 @@ class Predictor:
             raise ValueError(f"texts must be a list or another iterable of texts, got {texts!r}; put one into a list")
         check_options(batch_size=(batch_size, 1), stride=(stride, 0), top_k=(top_k, 1))
         chosen = self._choose(tasks, stride, generate_kwargs)
-        options = {"fitting": not tasks, "max_length": self.max_length}
         readings: Iterator[list[Reading]] = (
-            read_input(text, chosen, number, **options) for number, text in enumerate(texts)
+            read_input(text, chosen, number, not tasks, self.max_length) for number, text in enumerate(texts)
         )
         if isinstance(texts, (list, tuple)):
             readings = iter(list(readings))

@@ -1,4 +1,4 @@
-"""Commands for trained models: `predict`."""
+"""Commands for trained models: `predict`, `export`, `push`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from .app import app, plain_errors
 
-__all__ = ["predict"]
+__all__ = ["export", "predict", "push"]
 
 
 @app.command()
@@ -25,6 +25,16 @@ def predict(
         typer.Option("--file", help="A file of texts, one per line; or .jsonl, rows with the tasks' text columns."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per pass of the encoder.")] = 32,
+    stride: Annotated[
+        int | None,
+        typer.Option(min=0, help="Read long texts in windows that share so many tokens. Without it they are cut."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Labels with their scores per task. Without it, the best.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ... Without it, a GPU if there is one.")
+    ] = None,
 ) -> None:
     """Predict with a trained model; prints one line of JSON for each text."""
     with plain_errors():
@@ -38,10 +48,65 @@ def predict(
         from ..prediction import Predictor
 
         logging.disable_progress_bar()
-        predictor = Predictor.from_pretrained(model)
-        for given, answer in zip(inputs, predictor(inputs, task, batch_size), strict=True):
+        predictor = Predictor.from_pretrained(model, device)
+        answers = predictor(inputs, task, batch_size, stride=stride, top_k=top_k)
+        for given, answer in zip(inputs, answers, strict=True):
             row = given if isinstance(given, dict) else {"text": given}
             typer.echo(json.dumps({**row, **answer}, ensure_ascii=False))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="Folder of a trained model, or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="A folder, or a file name that ends in .onnx.")],
+    format_: Annotated[str, typer.Option("--format", help="What to write: onnx.")] = "onnx",
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="A task to export; repeat for more. Without it, every task.")
+    ] = None,
+) -> None:
+    """Write a trained model for another runtime, all tasks in one graph, and compare the two."""
+    with plain_errors():
+        if format_ != "onnx":
+            raise ValueError(f"format {format_!r} is not known; it must be onnx")
+        from transformers.utils import logging
+
+        from ..hub.onnx import export_onnx
+        from ..prediction import load_model
+
+        logging.disable_progress_bar()
+        loaded, tokenizer = load_model(model)
+        path = export_onnx(loaded, output, tasks=task, tokenizer=None if output.suffix == ".onnx" else tokenizer)
+        typer.echo(str(path))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder of a trained model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="NAME or OWNER/NAME; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; made if there is none.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    include_code: Annotated[
+        bool, typer.Option("--include-code", help="Let the modelling code go along, for trust_remote_code=True.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, and what not; send nothing.")] = False,
+) -> None:
+    """Push a trained model to the Hub, in one commit; a model card is written if there is none.
+
+    An interrupted push goes on when it is started again: what has arrived is not sent twice.
+    """
+    with plain_errors():
+        from transformers.utils import logging
+
+        from ..hub.push import prepare_push, push_folder
+
+        logging.disable_progress_bar()
+        if dry_run:
+            with prepare_push(folder, include_code=include_code, repo_id=repo_id) as plan:
+                typer.echo(str(plan))
+            return
+        options: dict[str, Any] = {"private": private or None, "revision": revision, "message": message}
+        typer.echo(push_folder(folder, repo_id, include_code=include_code, **options).commit_url)
 
 
 def _read_file(path: Path) -> list[Any]:

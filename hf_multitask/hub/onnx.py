@@ -133,14 +133,14 @@ class _Logits(nn.Module):
 
     def __init__(self, model: MultiTaskModel, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        self.model = copy.deepcopy(model).cpu().float().eval()
         self.names = names
         # Not all attention implementations can be traced; this one is what they all compute.
         if self.model.config._attn_implementation not in ("sdpa", "eager"):
-            self.model.set_attn_implementation("sdpa")
+            cast(Any, self.model).set_attn_implementation("sdpa")
         for module in self.model.modules():
             if isinstance(module, Experts):
-                module.config._experts_implementation = _EVERY_EXPERT
+                cast(Any, module.config)._experts_implementation = _EVERY_EXPERT
         takes = signature(cast(Any, self._encoder()).forward).parameters
         self.inputs = [name for name in _INPUTS if name != "token_type_ids" or name in takes]
 
@@ -195,7 +195,7 @@ def _trace(module: _Logits) -> Any:
                 kwargs=dict(example),
                 input_names=list(example),
                 output_names=list(module.names),
-                dynamic_shapes={name: sizes for name in example} | _unused(module, example),
+                dynamic_shapes=dict.fromkeys(example, sizes),
                 dynamo=True,
                 verbose=False,
             )
@@ -206,10 +206,6 @@ def _trace(module: _Logits) -> Any:
             f"{type(module.model).__name__} over {config.backbone_config.model_type!r} cannot be written as an ONNX "
             f"graph: {next((line for line in reason if 'Error' in line), reason[0])}"
         ) from error
-
-
-def _unused(module: _Logits, example: dict[str, Tensor]) -> dict[str, None]:
-    return {}
 
 
 @contextmanager
