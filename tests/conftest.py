@@ -175,3 +175,15 @@ def make_trainer(tmp_path, tokenizer, datasets):
         )
 
     return make
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `sample(n)`, only each n-th is part of the default run; the rest is slow."""
+    seen: dict[str, int] = {}
+    for item in items:
+        if mark := item.get_closest_marker("sample"):
+            name = item.nodeid.partition("[")[0]
+            number = seen[name] = seen.get(name, -1) + 1
+            if number % mark.args[0]:
+                item.add_marker(pytest.mark.slow)

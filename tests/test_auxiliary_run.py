@@ -356,6 +356,7 @@ def in_layout(layout) -> dict[str, int]:
 @pytest.mark.parametrize("gating", GATES)
 @pytest.mark.parametrize("memory", ["buffer", "sketch"])
 @every_layout
+@pytest.mark.sample(5)
 def test_a_gradient_that_conflicts_does_not_count(planted, gating, memory, layout):
     options = dict(in_layout(layout), gradient_memory=memory)
     gated, found = planted("flipped", auxiliary_gating=gating, **options)

@@ -68,6 +68,7 @@ def test_task_by_task_and_summed_it_is_the_plain_step(run, layout, reduction):
 
 
 @pytest.mark.parametrize("method", EVERY_COMBINATION)
+@pytest.mark.sample(5)
 def test_combinations_are_the_same_for_every_layout(run, method):
     ends = [
         run(gradient_combination=method, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation)

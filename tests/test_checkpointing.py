@@ -104,6 +104,7 @@ OTHER_RUNS = {
 
 
 @pytest.mark.parametrize("case", OTHER_RUNS)
+@pytest.mark.sample(4)
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(trained, case):
     folder, make, _ = trained
     changes, parts = OTHER_RUNS[case]

@@ -106,6 +106,7 @@ def test_two_processes_equal_one(tmp_path, alone, options):
 @pytest.mark.parametrize(
     ("config", "machines", "distributed_type"), [("cpu", 1, "MULTI_CPU"), ("two_machines", 2, "MULTI_CPU")]
 )
+@pytest.mark.sample(2)
 def test_accelerate_launch_equals_one_process(tmp_path, alone, config, machines, distributed_type):
     launched = accelerate(tmp_path, config, "mixed", "rows", machines=machines)
     assert launched["distributed_type"] == distributed_type
@@ -143,6 +144,7 @@ BALANCED = [
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
+@pytest.mark.slow
 def test_balanced_on_two_processes_equals_one(tmp_path, alone, options, sharded):
     arguments = ("mixed", "rows", "weighted", "", json.dumps(options))
     two = accelerate(tmp_path, "fsdp2", *arguments) if sharded else launch(tmp_path, 2, *arguments)
@@ -179,6 +181,7 @@ SCHEME_RUNS = {
         for kind in SCHEME_RUNS
     ],
 )
+@pytest.mark.sample(2)
 def test_every_scheme_on_two_processes_equals_one(tmp_path, alone, kind):
     arguments = ("mixed", "rows", "weighted", "", json.dumps(SCHEME_RUNS[kind]))
     check_equal(alone(*arguments), launch(tmp_path, 2, *arguments))
@@ -203,6 +206,7 @@ def test_resumed_deepspeed_equals_uninterrupted(tmp_path, stage):
 
 
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_resumed_fully_sharded_equals_uninterrupted(tmp_path, kind):
     (tmp_path / "run").mkdir()
     options = ("mixed", "rows", "temperature", str(tmp_path / "run" / "checkpoint-4"))

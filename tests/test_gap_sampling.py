@@ -86,6 +86,7 @@ def test_metrics_that_are_better_when_smaller_and_plain_differences(run, bert):
 # Evaluations at 4, 8 and 12, changes at 6, 10 and 14; an epoch is 9 steps long.
 @pytest.mark.parametrize("stopped", [3, 4, 5, 6, 9, 11])
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.sample(6)
 def test_resumed_equals_uninterrupted(run, tmp_path, stopped, workers):
     options = dict(dataloader_num_workers=workers, kwargs={"delay": 3} if workers else None)
     whole, expected = run(**options)
@@ -104,6 +105,7 @@ def test_resuming_with_an_evaluation_at_its_start_changes_nothing(run, tmp_path)
     assert resumed.share_changes.by_step == whole.share_changes.by_step
 
 
+@pytest.mark.slow
 def test_accumulation_and_workers_make_no_difference_to_rows(run):
     def without_dropout():
         torch.manual_seed(0)
@@ -125,6 +127,7 @@ def test_accumulation_and_workers_make_no_difference_to_rows(run):
             assert (value - found[name]).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-2), name
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     settings = dict(
         task_sampling_kwargs={"scores": SCORES, "delay": 1, "start": "uniform"},
@@ -139,6 +142,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [5, 9])
+@pytest.mark.sample(2)
 def test_streams_follow_too_and_resume(run, datasets, tmp_path, stopped):
     streams = {name: part.to_iterable_dataset(num_shards=2) for name, part in datasets.items()}
     options = dict(train=streams, dataset_sizes={name: len(part) for name, part in datasets.items()})
@@ -148,6 +152,7 @@ def test_streams_follow_too_and_resume(run, datasets, tmp_path, stopped):
     assert len(whole.share_changes.by_step) == 4
 
 
+@pytest.mark.slow
 def test_only_evaluations_of_the_training_loop_count(run):
     trainer, _ = run(save_strategy="no")
     before = dict(trainer.share_changes.by_step)

@@ -88,6 +88,7 @@ def test_an_unknown_choice_is_named(make_trainer, model):
 
 @pytest.mark.parametrize("rates", [(1e-5, 1e-2), (None, 1e-2), (1e-5, None)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.sample(3)
 def test_backbone_and_heads_have_learning_rates_of_their_own(make_trainer, bert, rates, decay):
     task = Task("strength", "regression", dataset="reviews", label_column="strength")
     model = HardSharingModel.from_backbone(bert, [task])

@@ -131,6 +131,7 @@ def train(datasets, tokenizer):
 
 
 @EVERY
+@pytest.mark.sample(3)
 def test_every_parameter_is_trained_and_belongs_to_somebody(train, tmp_path, which):
     model = build(which)
     shared, own = list(model.shared_parameters()), [p for t in model.tasks for p in model.task_parameters(t.name)]
@@ -144,6 +145,7 @@ def test_every_parameter_is_trained_and_belongs_to_somebody(train, tmp_path, whi
 
 
 @EVERY
+@pytest.mark.sample(3)
 def test_saved_and_loaded_they_are_the_same(train, tmp_path, which):
     trainer = train(build(which), output_dir=str(tmp_path), max_steps=2)
     metrics = trainer.evaluate()
@@ -156,6 +158,7 @@ def test_saved_and_loaded_they_are_the_same(train, tmp_path, which):
 
 
 @SOME
+@pytest.mark.sample(4)
 def test_layouts_give_one_update(train, tmp_path, which):
     models = [build(which) for _ in range(2)]
     for model, (rows, accumulation) in zip(models, ((8, 1), (2, 4)), strict=True):
@@ -172,6 +175,7 @@ def test_layouts_give_one_update(train, tmp_path, which):
 
 
 @SOME
+@pytest.mark.sample(4)
 def test_interrupted_and_resumed_it_ends_where_it_would_have(train, tmp_path, which):
     whole = build(which)
     train(whole, output_dir=str(tmp_path / "a"), max_steps=12)  # more than one pass over the rows
@@ -186,6 +190,7 @@ def test_interrupted_and_resumed_it_ends_where_it_would_have(train, tmp_path, wh
     "which",
     [("encoder", "hard"), ("decoder", "hard"), ("decoder", "adapter, shared"), ("t5", "hard"), ("bart", "hard")],
 )
+@pytest.mark.sample(3)
 def test_coefficients_reach_the_table_of_embeddings_in_every_way(train, tmp_path, which, monkeypatch):
     """Written from buffers, scaled in a plain step, or in a second pass after sketches: one gradient."""
     monkeypatch.setitem(
@@ -214,6 +219,7 @@ def test_coefficients_reach_the_table_of_embeddings_in_every_way(train, tmp_path
 @pytest.mark.parametrize(
     "which", [("encoder", "hard"), ("decoder", "hard"), ("decoder", "adapter, shared"), ("t5, untied", "hard")]
 )
+@pytest.mark.sample(8)
 def test_gradients_task_by_task_make_the_plain_step(train, tmp_path, which, memory, monkeypatch):
     """A combination that decides nothing (one constant for all) must be the plain step, tied table included."""
     plain, combined = build(which), build(which)
@@ -228,6 +234,7 @@ def test_gradients_task_by_task_make_the_plain_step(train, tmp_path, which, memo
 @pytest.mark.parametrize(
     "which", [("encoder", "hard"), ("encoder", "soft"), ("decoder", "hard"), ("decoder", "prefix"), ("t5", "hard")]
 )
+@pytest.mark.sample(3)
 def test_an_auxiliary_task_changes_no_answer(train, tmp_path, which):
     trainer = train(build(which), output_dir=str(tmp_path))
     model = trainer.model.eval()
@@ -286,6 +293,7 @@ def test_packing_in_training_is_the_same_training(train, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["hard", "prefix", "adapter, shared"])
+@pytest.mark.sample(3)
 def test_generating_tasks_are_evaluated_by_what_they_write(train, tmp_path, kind):
     model = build(("decoder", kind))
     trainer = train(
@@ -423,6 +431,7 @@ SELDOM = {
     ],
     ids=lambda setting: ", ".join([*setting[:2], *setting[2]]),
 )
+@pytest.mark.sample(3)
 def test_two_processes_do_what_one_does(tmp_path, setting):
     family, kind, extra = setting
     script = str(Path(__file__).with_name("language_processes.py"))
@@ -452,6 +461,7 @@ def test_evaluation_may_be_of_the_first_rows(train, tmp_path):
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
+@pytest.mark.sample(3)
 def test_encoder_decoders_are_evaluated_by_what_they_write(train, tmp_path, family):
     model = build((family, "hard"))
     arguments = dict(max_steps=90, learning_rate=0.01, per_device_train_batch_size=16, logging_steps=90)

@@ -30,6 +30,7 @@ FLOORS = {
     "balanced_step": 2,
     "balancer": 2,
     "best_metric": 2,
+    "checkpoint_state": 2,
     "checkpointing": 2,
     "evaluation": 2,
     "generation": 2,

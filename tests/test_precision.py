@@ -245,6 +245,7 @@ def test_the_scale_does_not_touch_the_update_nor_does_accumulation(run, build, b
 
 @pytest.mark.parametrize("balanced", BALANCED, ids=str)
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.sample(3)
 def test_a_bad_window_is_skipped_once_and_lowers_the_scale(run, build, accumulation, balanced):
     steps, given = Steps(), dict(train=spoilt_datasets(), on_nonfinite_loss="skip", max_steps=20, **balanced)
     given |= dict(per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation)

@@ -107,6 +107,7 @@ def test_saved_and_loaded_the_metrics_are_the_same(train, tmp_path, kind):
 
 @pytest.mark.parametrize("memory", ["buffer", "sketch"])
 @pytest.mark.parametrize("kind", ["hard", "adapter, shared", "mixture"])
+@pytest.mark.sample(3)
 def test_gradients_of_tasks_are_combined(train, kind, memory):
     runs = []
     for rows, accumulation in ((8, 1), (2, 4)):
@@ -250,6 +251,7 @@ def test_bad_rows_are_found_before_training(make_trainer, datasets):
 
 
 @pytest.mark.parametrize("combination", ["upgrad", pytest.param("sum", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path, combination):
     script = str(Path(__file__).with_name("question_processes.py"))
     results = []

@@ -220,6 +220,7 @@ def test_a_task_by_itself_answers_the_same(tmp_path, kind, native):
 
 
 @EVERY_KIND
+@pytest.mark.sample(5)
 def test_however_the_rows_are_cut(kind, make_trainer):
     runs = []
     for rows, accumulation in ((8, 1), (2, 4)):
@@ -242,6 +243,7 @@ def test_however_the_rows_are_cut(kind, make_trainer):
 
 
 @EVERY_KIND
+@pytest.mark.sample(5)
 def test_resumed_equals_uninterrupted(kind, make_trainer, tmp_path):
     arguments = dict(save_strategy="steps", save_steps=2, max_steps=5, logging_steps=1, head_learning_rate=3e-3)
     whole = make_model(kind, dropout=0.1)
@@ -256,6 +258,7 @@ def test_resumed_equals_uninterrupted(kind, make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["soft", "adapter"])
+@pytest.mark.sample(2)
 def test_a_run_of_another_scheme_is_not_gone_on_with(kind, make_trainer, tmp_path):
     make_trainer(make_model(kind), save_strategy="steps", save_steps=2).train()
     checkpoint = str(next(Path(tmp_path / "out").glob("checkpoint-*")))
@@ -265,6 +268,7 @@ def test_a_run_of_another_scheme_is_not_gone_on_with(kind, make_trainer, tmp_pat
 
 
 @pytest.mark.parametrize("kind", FROZEN)
+@pytest.mark.sample(3)
 def test_the_best_checkpoint_comes_back_with_its_adapters(kind, make_trainer, datasets):
     model = make_model(kind)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
@@ -288,6 +292,7 @@ def test_the_best_checkpoint_comes_back_with_its_adapters(kind, make_trainer, da
 
 
 @EVERY_KIND
+@pytest.mark.sample(5)
 def test_task_by_task_and_summed_it_is_the_plain_step(kind, make_trainer):
     if kind in NOTHING_SHARED:
         for arguments in ({"gradient_combination": "upgrad"}, {"conflict_logging_steps": 1}):
@@ -307,6 +312,7 @@ def test_task_by_task_and_summed_it_is_the_plain_step(kind, make_trainer):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOTHING_SHARED])
 @pytest.mark.parametrize("memory", ["buffer", "sketch"])
+@pytest.mark.sample(5)
 def test_gradients_of_tasks_are_combined(kind, memory, make_trainer):
     runs = []
     for rows, accumulation in ((8, 1), (2, 4)):
@@ -327,6 +333,7 @@ def test_gradients_of_tasks_are_combined(kind, memory, make_trainer):
 
 
 @EVERY_KIND
+@pytest.mark.sample(4)
 def test_activation_checkpointing_makes_no_difference(kind, make_trainer):
     runs = []
     for checkpointing in (False, True):
@@ -349,6 +356,7 @@ def test_a_task_without_rows_is_left_alone(kind, make_trainer):
 
 
 @EVERY_KIND
+@pytest.mark.sample(4)
 def test_it_learns(kind, make_trainer, datasets):
     model = make_model(kind)
     trainer = make_trainer(model, evaluation=datasets, max_steps=60, learning_rate=1e-2, logging_steps=60)

@@ -40,6 +40,7 @@ def test_an_epoch_is_as_long_as_with_datasets_in_memory(model, make_trainer, str
 
 
 @pytest.mark.parametrize("composition", ["mixed", "single_task"])
+@pytest.mark.sample(2)
 def test_accumulation_makes_no_difference(model, make_trainer, streams, composition):
     without_dropout(model)
     before, ends = weights(model), []
@@ -62,6 +63,7 @@ def test_accumulation_makes_no_difference(model, make_trainer, streams, composit
 
 
 @pytest.mark.parametrize("stopped", [2, 9, 10])
+@pytest.mark.sample(3)
 def test_resumed_equals_uninterrupted(model, make_trainer, streams, stopped, tmp_path):
     """Steps 9 and 10 lie on both sides of the end of an epoch, and of a pass."""
     before = weights(model)

@@ -44,6 +44,7 @@ class Losses(TrainerCallback):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.sample(2)
 def test_one_plain_dataset_and_model_is_trainer_bit_for_bit(tmp_path, tokenizer, datasets, accumulation):
     rows = datasets["reviews"].map(
         lambda row: {**tokenizer(row["text"]), "labels": int(row["label"] == "positive")},
@@ -94,6 +95,7 @@ LAYOUTS = {"8 x 4": (4, 8), "2 x 16": (16, 2), "32 x 1": (1, 32)}
 
 @pytest.mark.parametrize("reduction", ["rows", "tasks"])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.sample(6)
 def test_a_window_gives_one_update_however_it_is_cut(make_trainer, bert, tasks, layout, reduction):
     def run(batch, accumulation):
         torch.manual_seed(0)
@@ -297,6 +299,7 @@ def test_custom_metrics_get_logits_and_default_ones_stay(make_trainer, model, da
 
 @pytest.mark.parametrize("composition", ["mixed", "single_task"])
 @pytest.mark.parametrize("sampling", ["temperature", "annealed", "round_robin"])
+@pytest.mark.sample(6)
 def test_resumed_equals_uninterrupted(make_trainer, bert, tasks, tmp_path, sampling, composition):
     def make(name):
         torch.manual_seed(0)

@@ -243,6 +243,7 @@ PLATEAU = [1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("given", [{"mode": "max"}, {}], ids=["direction given", "direction of the metric"])
+@pytest.mark.sample(2)
 def test_a_plateau_of_a_task_s_metric_lowers_the_learning_rate(make_trainer, scripted, given):
     model, arguments = scripted(SCORES)
     trainer = make_trainer(
@@ -347,6 +348,7 @@ def test_a_hyperparameter_search_is_as_many_fresh_runs_and_returns_the_best(make
     assert runs.counts == [({}, 0, 0)] * 2 and all(same(start, runs.weights[0]) for start in runs.weights)
 
 
+@pytest.mark.slow
 def test_the_model_that_model_init_makes_for_a_trial_brings_its_task_weights(make_trainer, build, datasets):
     def with_weight(weight):
         first, *others = make_tasks()
@@ -396,6 +398,7 @@ class SmallMemory(HardSharingModel):
         return super().forward(input_ids=input_ids, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_batch_size_that_is_found_is_the_one_everything_goes_by(make_trainer, build, tmp_path):
     arguments = dict(
         max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=2, save_strategy="steps", save_steps=5
@@ -522,6 +525,7 @@ def test_neftune_disturbs_training_only_and_is_gone_afterwards(make_trainer, bui
     assert without_speed(noisy.evaluate()) == without_speed(plain.evaluate())
 
 
+@pytest.mark.slow
 def test_neftune_is_felt_by_the_update(make_trainer, build):
     trained = []
     for alpha in (None, 0.0, 5.0):
@@ -547,6 +551,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
+@pytest.mark.sample(5)
 def test_what_does_not_touch_the_update_leaves_it_bit_for_bit(make_trainer, build, case):
     plain = make_trainer(build(dropout=True), seed=42, max_grad_norm=1e6)
     plain.train()
@@ -565,6 +570,7 @@ WATCHED = {
 
 
 @pytest.mark.parametrize("case", WATCHED)
+@pytest.mark.sample(4)
 def test_evaluations_on_the_way_do_not_change_the_way(make_trainer, build, datasets, case):
     plain = make_trainer(build())
     plain.train()
@@ -575,6 +581,7 @@ def test_evaluations_on_the_way_do_not_change_the_way(make_trainer, build, datas
 
 @pytest.mark.parametrize("composition", ["mixed", "single_task"])
 @pytest.mark.parametrize(("epochs", "accumulation", "steps"), [(2, 1, 18), (2, 2, 10), (0.5, 1, 5)])
+@pytest.mark.sample(5)
 def test_steps_and_epochs_of_the_same_length_are_the_same_run(
     make_trainer, build, composition, epochs, accumulation, steps
 ):
@@ -689,6 +696,7 @@ def test_logits_are_preprocessed_per_task(make_trainer, build, datasets):
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 4]), (1, [4])])
+@pytest.mark.sample(2)
 def test_only_the_best_models_are_saved(make_trainer, scripted, limit, kept):
     model, arguments = scripted([0.1, 0.9, 0.5, 0.95, 0.2])
     trainer = make_trainer(
@@ -717,6 +725,7 @@ def test_the_limit_of_checkpoints_spares_the_best(make_trainer, scripted):
 # ---- other trainers ----
 
 
+@pytest.mark.slow
 def test_the_seq2seq_trainer_is_the_same_trainer_for_several_tasks(make_trainer, build, datasets, tokenizer, tmp_path):
     arguments = dict(
         max_steps=4,

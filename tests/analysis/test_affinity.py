@@ -247,6 +247,7 @@ def make_affinity_trainer(tmp_path, tokenizer, rows, model, kind=AffinityTrainer
     ],
     ids=str,
 )
+@pytest.mark.sample(4)
 def test_the_training_is_the_same_bit_for_bit(tmp_path, tokenizer, datasets, kind, method, arguments):
     runs = []
     for trainer_class, options in ((MultiTaskTrainer, {}), (AffinityTrainer, {"method": method, "every": 1})):

@@ -384,6 +384,7 @@ def test_a_run_whose_settings_changed_is_made_anew_and_what_changed_is_said(file
 
 
 @pytest.mark.parametrize("saves", [True, False])
+@pytest.mark.sample(2)
 def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(files, tmp_path, trained, monkeypatch, saves):
     settings = ["training.save_strategy=steps", "training.save_steps=1"] if saves else []
     whole = repeat(files, tmp_path / "whole", (0, 0.3), seeds=[0], settings=settings)
@@ -535,6 +536,7 @@ def test_a_sampling_that_follows_the_metrics_is_warned_of(files, tmp_path, monke
     assert len(said) == 1 and "runs of different weights see other rows" in said[0]
 
 
+@pytest.mark.slow
 def test_at_weight_0_a_combination_that_lets_no_task_lose_still_trains_the_others(files, tmp_path):
     """A gradient of zero must not count as a task that would lose."""
     settings = ["training.gradient_combination=mgda", "training.max_steps=30", "training.learning_rate=0.01"]
@@ -613,6 +615,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_several_processes_write_once_and_run_again_what_one_process_ran(files, copy):
     """Two processes make other windows of the same batches, so runs of one process are not theirs."""
     given = ["sweep", str(files / "job.yaml"), "--auxiliary", "names", "--output", str(copy), "--primary", "tone"]

@@ -228,6 +228,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.sample(3)
 def test_a_change_reaches_the_runs_that_depend_on_it_and_no_others(first, case):
     settings, expected = CHANGES[case]
     before, now = keys(first[0] / "job.yaml"), keys(first[0] / "job.yaml", settings)

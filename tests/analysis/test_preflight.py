@@ -283,6 +283,7 @@ def test_streams_are_looked_at_by_their_first_rows(doctor):
 
 
 @pytest.mark.parametrize("sharing", ["conditioned", "prefix", "soft", "adapter", "mixture_of_experts"])
+@pytest.mark.sample(5)
 def test_every_sharing_scheme_is_looked_at(doctor, sharing):
     options = {"prefix": {"num_virtual_tokens": 4}, "mixture_of_experts": {"num_experts": 2}}.get(sharing, {})
     doctor.recipe["model"] = {"backbone": doctor.recipe["model"]["backbone"], "sharing": sharing, **options}

@@ -409,6 +409,7 @@ def test_degenerate_quadratic_programmes_are_solved_without_the_fallback(name, m
             assert make_combination(name).coefficients(G).isfinite().all()
 
 
+@pytest.mark.slow
 def test_large_numbers_of_tasks_are_no_matter():
     J = jacobian(150, 100, condition=3)
     for case in CASES:

@@ -61,6 +61,7 @@ def test_nothing_dominates_the_front_and_it_dominates_all_else(toy, front):
 
 
 @pytest.mark.parametrize("method", ["cagrad", "mgda", "nash_mtl", "upgrad"])
+@pytest.mark.sample(4)
 def test_the_front_is_reached_from_every_start(toy, front, method):
     end = toy.descend(method, **QUICK, stop_at=front)[-1]
     assert (toy.distance(end, front) <= toy.TOLERANCE).all(), end
