@@ -107,7 +107,7 @@ def card_errors(content: str) -> list[str]:
         return [f"no YAML: {error}"]
     if not isinstance(data, dict):
         return ["the metadata must be a mapping"]
-    errors = [f'"{key}" must not be empty' for key, value in data.items() if value in (None, [], "", {})]
+    errors = [f'"{key}" must not be empty' for key, value in data.items() if value in (None, "", {})]
     for key in ("library_name", "pipeline_tag", "license"):
         if key in data and not isinstance(data[key], str):
             errors.append(f'"{key}" must be a string')
@@ -142,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer goes out in one piece
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: Any) -> None:
         pass

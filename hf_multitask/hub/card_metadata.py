@@ -72,7 +72,7 @@ def card_metadata(facts: CardFacts) -> dict[str, Any]:
     kinds = {TASK_TYPES[task.type] for task in served}
     datasets = list(dict.fromkeys(task.dataset.hub_id for task in facts.tasks if task.dataset.hub_id))
     tags = ["multi-task-learning", *sorted(kinds), *map(plain, facts.tags)]
-    emitted = {"co2_eq_emissions": {"emissions": facts.emissions, "source": "codecarbon"}}
+    emitted: dict[str, Any] = {"co2_eq_emissions": {"emissions": facts.emissions, "source": "codecarbon"}}
     data = ModelCardData(
         base_model=facts.backbone,
         language=[plain(one) for one in facts.languages] or None,

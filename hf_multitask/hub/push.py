@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -153,7 +154,8 @@ def prepare_push(folder: str | Path, *, include_code: bool = False, repo_id: str
         for path in sorted(path for path in made.rglob("*") if path.is_file()):
             own = path.relative_to(made).as_posix()
             files[own] = PushFile(own, path, path.stat().st_size)
-        if SAFE_WEIGHTS_NAME in files:
+        if SAFE_WEIGHTS_NAME in files:  # what is loaded; shards beside it are of an older model
+            files = {path: file for path, file in files.items() if not fnmatch(path, "model*-of-*.safetensors")}
             files.pop(SAFE_WEIGHTS_INDEX_NAME, None)
         yield PushPlan(tuple(files[path] for path in sorted(files)), plan.left_out)
 
