@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer.main
 
+from hf_multitask.cli.app import app
 from hf_multitask.recipe import load_recipe
 from hf_multitask.running import format_table
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "recipes/README.md", "recipes/coming_from.md")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.M | re.S)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
 @pytest.mark.registry
-def test_the_python_examples_run_as_they_stand(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_examples_run_as_they_stand(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), {})
-    assert (tmp_path / "runs" / "demo" / "model.safetensors").is_file()
+    for code in blocks("python", page):
+        exec(compile(code, page, "exec"), {})
+    if page == "README.md":
+        assert (tmp_path / "runs" / "demo" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_commands(page):
+    """With options that there are, on recipes that there are."""
+    commands = typer.main.get_command(app).commands
+    for block in blocks("bash", page):
+        for line in re.findall(r"^hf-multitask .*", block.replace("\\\n", " "), flags=re.M):
+            name, *rest = shlex.split(line)[1:]
+            options = {option for parameter in commands[name].params for option in parameter.opts}
+            assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options, line
+            assert all((ROOT / word).is_file() for word in rest if word.startswith("recipes/")), line
 
 
 def test_the_table_is_the_recorded_result_of_the_recipe():
@@ -49,7 +68,12 @@ def test_every_recorded_benchmark_has_its_script_and_stands_in_the_readme(name):
     assert f"recipes/benchmarks/{name}.json" in TEXT
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target).exists(), target
+    for heading in re.findall(r"\]\(#([^)]+)\)", text):
+        titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+        assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, heading
