@@ -25,16 +25,17 @@ def usage_section(facts: CardFacts) -> str:
         listed = ",\n".join(f"    {_literal(text)}" for text in texts)
         parts.append(
             _block(
-                "from hf_multitask.prediction import Predictor",
+                "import hf_multitask",
+                "from transformers import pipeline",
                 "",
-                f"predictor = Predictor.from_pretrained({place})",
+                f'ask = pipeline("multi-task", model={place})',
                 f"texts = [\n{listed},\n]",
-                "for answers in predictor(texts):",
+                "for answers in ask(texts):",
                 "    print(answers)",
             )
         )
         if len(answered) > 1:
-            parts.append(f"`predictor(texts, tasks=[{_literal(answered[0].name)}])` answers some of the tasks only.")
+            parts.append(f"`ask(texts, tasks=[{_literal(answered[0].name)}])` answers some of the tasks only.")
     parts.append("The model itself, with all logits by task:")
     parts.append(
         _block(

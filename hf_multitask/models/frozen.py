@@ -172,6 +172,19 @@ class FrozenBackboneModel(MultiTaskModel):
             own = {peft: tensors[ours].detach().cpu().contiguous() for ours, peft in names.items()}
             save_file(own, place / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **options: Any) -> Any:
+        """Upload what `push_to_hub` saved; `PreTrainedModel` looks one folder deep, and adapters lie in two."""
+        from huggingface_hub import HfApi
+
+        api, revision = HfApi(token=options.get("token")), options.get("revision")
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        known = ("commit_message", "commit_description", "revision", "create_pr")
+        chosen = {key: options[key] for key in known if options.get(key)}
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=working_dir, **{"commit_message": "Upload model", **chosen}
+        )
+
     # ---- loading ----
 
     @classmethod
