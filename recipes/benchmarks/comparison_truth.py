@@ -13,6 +13,9 @@ defaults:
 - unrelated: each task has 3,000 texts with the sign of a sum of its own, for which the same backbone is wide enough.
   Truth: both are equal.
 
+Settings were chosen on repetitions 0 to 5 (with twice the learning rate and three quarters of the steps, one seed in a few
+fails to learn `large`, alone or not, and the verdict is `undecided`, as it should be); those recorded begin at 200.
+
 Each repetition draws a language and texts anew, and its own seeds. A verdict counts as right only if it is the truth:
 `undecided` is wrong here. A repetition is right if both of its verdicts are.
 """
@@ -45,7 +48,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "truth": {"small": "better", "large": "equal"},
         "width": 32,
         "tasks": {"small": {"rows": 32, "signs": True, "sums": [0]}, "large": {"rows": 3000, "sums": [0]}},
-        "training": {"max_steps": 150, "per_device_train_batch_size": 32, "learning_rate": 1e-2},
+        "training": {"max_steps": 200, "per_device_train_batch_size": 32, "learning_rate": 5e-3},
     },
     "harmful": {
         "truth": {"first": "worse", "second": "worse"},
@@ -144,7 +147,7 @@ def main() -> None:
     """Run the pairs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--first", type=int, default=0, help="number of the first repetition")
+    parser.add_argument("--first", type=int, default=200, help="number of the first repetition")
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument("--write", action="store_true", help="write comparison_truth.json")
     arguments = parser.parse_args()
