@@ -165,8 +165,8 @@ class Predictor:
                 yield {name: answer[name] for name in names if name in answer}
         if cut:
             logger.warning(
-                f"{cut} of {done} texts have more tokens than their tasks read (at most {self.max_length}) and were "
-                "cut: what lies beyond counts for nothing; with stride=... they are read in windows"
+                f"{cut} of {done} texts were cut to what their tasks read, at most {self.max_length} tokens; with "
+                "stride=... they are read whole, in windows that share so many tokens"
             )
 
     def _choose(

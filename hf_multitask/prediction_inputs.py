@@ -52,8 +52,8 @@ def read_input(text: Text, tasks: Sequence[Task], number: int, fitting: bool, ma
     """
     groups: dict[tuple, list[Task]] = {}
     misfits = []
-    if isinstance(text, dict) and not any(_columns(task) <= set(text) for task in tasks):
-        text = _by_position(text)
+    if isinstance(text, dict):
+        text = _by_position(text, tasks)
     for task in tasks:
         length = min(task.max_length or max_length, max_length)
         own = task.name if reads_own_rows(task) else None
@@ -89,11 +89,12 @@ def _columns(task: Task) -> set[str]:
     return {*task.text_columns, *(task.choice_columns or ())}
 
 
-def _by_position(row: dict[str, Any]) -> Any:
-    """Return a row of `text` and `text_pair` as the texts themselves; other rows as they are."""
-    if set(row) == {"text"}:
-        return row["text"]
-    return tuple(row[key] for key in _PAIR) if set(row) == set(_PAIR) else row
+def _by_position(row: dict[str, Any], tasks: Sequence[Task]) -> Any:
+    """Return a row of `text` and `text_pair` as the texts themselves, unless these are tasks' own columns."""
+    own = set().union(*map(_columns, tasks))
+    if set(row) == set(_PAIR) and "text_pair" not in own:
+        return tuple(row[key] for key in _PAIR)
+    return row["text"] if set(row) == {"text"} and "text" not in own else row
 
 
 def _misfit(text: Any, misfits: Sequence[Task]) -> str:

@@ -101,17 +101,20 @@ def _longer(
     """Return which text of each input is the longer one, after checking that it can be cut."""
     pair = len(texts[0]) > 1
     room = length - tokenizer.num_special_tokens_to_add(pair=pair)
-    others = [0] * len(texts)
-    parts = [0] * len(texts)
+    parts, others = [0] * len(texts), [0] * len(texts)
     if pair:
-        words = not isinstance(texts[0][0], str)
-        options = {"add_special_tokens": False, "verbose": False, "is_split_into_words": words}
+        options = {
+            "add_special_tokens": False,
+            "verbose": False,
+            "is_split_into_words": not isinstance(texts[0][0], str),
+        }
         for i, given in enumerate(texts):
             sizes = [len(tokenizer(text, **options).input_ids) for text in given]
-            parts[i], others[i] = int(sizes[1] >= sizes[0]), min(sizes)
+            if sum(sizes) > room:
+                parts[i], others[i] = int(sizes[1] >= sizes[0]), min(sizes)
     for number, other in zip(numbers, others, strict=True):
         if stride >= room - other:
-            behind = f" behind {other} tokens of the shorter text" if pair else ""
+            behind = f" beside the {other} of the shorter text" if other else ""
             raise ValueError(
                 f"input {number}: stride={stride} leaves no token of its own to a window, where max_length={length} "
                 f"has room for {max(room - other, 0)}{behind}; take a smaller stride"

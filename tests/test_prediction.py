@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import BACKBONES, make_tasks, make_tokenizer
+from language import decoder_tokenizer
+from language_models import make_plain
+from typer.testing import CliRunner
 
 from hf_multitask import HardSharingModel, Task
+from hf_multitask.cli.app import app
 from hf_multitask.models.passes import Segment
 from hf_multitask.prediction import Predictor
 
@@ -310,3 +316,172 @@ def test_a_pair_and_a_choice_are_told_apart(tokenizer, bert):
     assert list(next(predictor([("the film", ["a", "b"])]))) == ["best"]
     with pytest.raises(ValueError, match="task 'best' reads one text and a list of choices, got 2"):
         list(predictor([("the film", "a film")], ["best"]))
+
+
+# ---- options ----
+
+
+def test_scores_of_all_labels_are_given_on_request(predictor, tokenizer):
+    text = "the film was good"
+    with torch.no_grad():
+        logits = predictor.model(**tokenizer(text, return_tensors="pt")).logits
+    (answer,) = predictor([text], top_k=9)
+    tone = sorted(zip(logits["tone"][0].softmax(-1).tolist(), ("negative", "positive"), strict=True), reverse=True)
+    traits = sorted(zip(logits["traits"][0].sigmoid().tolist(), ("long", "happy", "sad"), strict=True), reverse=True)
+    for name, expected in (("tone", tone), ("traits", traits)):
+        assert [one["label"] for one in answer[name]] == [label for _, label in expected]
+        assert [one["score"] for one in answer[name]] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    (plain,) = predictor([text])
+    assert answer["strength"] == plain["strength"] and answer["names"] == plain["names"]
+    (best,) = predictor([text], top_k=1)
+    assert best["tone"] == [plain["tone"]] == answer["tone"][:1] and best["traits"] == answer["traits"][:1]
+
+
+def test_the_best_choices_are_given_on_request(tokenizer):
+    predictor = by_hand(tokenizer)
+    first, second = predictor([("we saw", ["bad", "good", "good film"]), ("we saw", ["good", "bad"])], top_k=3)
+    assert [one["choice"] for one in first["best"]] == ["good", "good film", "bad"]
+    assert [one["label"] for one in second["best"]] == [0, 1]  # in a batch with more choices, of which it has two
+    assert sum(one["score"] for one in first["best"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_questions_take_the_stride_that_is_asked_for(tokenizer):
+    predictor = by_hand(tokenizer)
+    seen = []
+    encode = predictor.model.encode
+    predictor.model.encode = lambda input_ids=None, **kwargs: seen.append(len(input_ids)) or encode(input_ids, **kwargs)
+    context, expected = CONTEXTS["late"]
+    windows = {}
+    for stride in (None, 0, 4, 9):
+        seen.clear()
+        (answer,) = predictor([("we", context)], ["who"], stride=stride)
+        assert answer["who"]["answer"] == expected, stride
+        windows[stride] = sum(seen)
+    assert windows[0] <= windows[4] == windows[None] < windows[9]  # the task's own is 4
+    with pytest.raises(ValueError, match="stride"):
+        list(predictor([("we", context)], ["who"], stride=12))
+
+
+def decoder() -> Predictor:
+    tasks = [
+        Task("say", "causal_lm", prompt="say {text}", label_column="reply", generation={"max_new_tokens": 3}),
+        Task("mood", "causal_lm", prompt="mood {text}", label_column="mood", labels=("good", "bad", "sad")),
+        Task("tone", "single_label_classification", labels=("negative", "positive")),
+    ]
+    model = make_plain("llama, tied")
+    return Predictor(HardSharingModel.from_backbone(model, tasks), decoder_tokenizer())
+
+
+def test_what_is_written_follows_generate_kwargs():
+    predictor = decoder()
+    texts = ["the film", "we saw maria"]
+    usual = [answer["say"]["text"].split() for answer in predictor(texts)]
+    short = [answer["say"]["text"].split() for answer in predictor(texts, generate_kwargs={"max_new_tokens": 1})]
+    longer = [answer["say"]["text"].split() for answer in predictor(texts, generate_kwargs={"max_new_tokens": 9})]
+    for one, few, many in zip(usual, short, longer, strict=True):
+        assert few == one[:1] and many[: len(one)] == one and len(many) > len(one)
+    assert [answer["say"]["text"].split() for answer in predictor(texts)] == usual  # nothing is left behind
+
+
+def test_a_closed_set_is_ranked(tokenizer):
+    (answer,) = decoder()(["the film"], ["mood"], top_k=5)
+    assert sorted(one["label"] for one in answer["mood"]) == ["bad", "good", "sad"]
+    assert sum(one["score"] for one in answer["mood"]) == pytest.approx(1, abs=1e-3)
+    (best,) = decoder()(["the film"], ["mood"])
+    assert best["mood"] == answer["mood"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generate_kwargs": {"max_new_tokenz": 3}}, "no argument 'max_new_tokenz', did you mean 'max_new_tokens'"),
+        ({"generate_kwargs": {"num_return_sequences": 3}}, "num_return_sequences"),
+        (
+            {"generate_kwargs": {"max_new_tokens": 3}, "tasks": ["tone", "mood"]},
+            "generate_kwargs is for tasks that write, and none of tone, mood does",
+        ),
+    ],
+)
+def test_arguments_of_generate_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        list(decoder()(["the film"], **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": -1}, "stride must be a whole number from 0, got -1"),
+        ({"stride": True}, "stride must be a whole number from 0, got True"),
+        ({"top_k": 0}, "top_k must be a whole number from 1, got 0"),
+        ({"top_k": "2"}, "top_k must be a whole number from 1, got '2'"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1, got 0"),
+        ({"tasks": "tone"}, r"tasks must be a list of names, got 'tone'; write \['tone'\]"),
+    ],
+)
+def test_options_are_checked(predictor, options, message):
+    with pytest.raises(ValueError, match=message):
+        list(predictor(["good"], **options))
+
+
+@pytest.mark.parametrize("texts", ["good", b"good", {"text": "good"}, None, 3])
+def test_one_text_is_no_list_of_texts(predictor, texts):
+    with pytest.raises(ValueError, match="texts must be a list or another iterable of texts, got"):
+        list(predictor(texts))
+
+
+def test_rows_may_name_texts_as_transformers_does(bert, tokenizer):
+    tasks = [Task("x", "regression", text_columns=("title",)), Task("y", "regression", text_columns=("one", "two"))]
+    predictor = Predictor(HardSharingModel.from_backbone(bert, tasks), tokenizer)
+    pair, single = predictor([{"text": "the film", "text_pair": "a film"}, {"text": "the film"}])
+    assert (pair, single) == tuple(predictor([("the film", "a film"), "the film"]))
+    assert list(pair) == ["y"] and list(single) == ["x"]
+
+
+def test_a_model_and_a_tokenizer_that_belong_together_are_needed(model, tokenizer):
+    with pytest.raises(ValueError, match="BertModel is no multi-task model; load one with AutoModelForMultiTask"):
+        Predictor(BACKBONES["bert"](), tokenizer)
+    with pytest.raises(ValueError, match="there is no tokenizer: give the one that the model was trained with"):
+        Predictor(model, None)
+    with pytest.raises(ValueError, match="max_length must be a whole number from 1, got 0"):
+        Predictor(model, tokenizer, 0)
+    other = make_tokenizer()
+    other.add_tokens([f"word{number}" for number in range(20)])
+    with pytest.raises(ValueError, match="the tokenizer has 102 tokens, the backbone embeddings for 90"):
+        Predictor(model, other)
+
+
+def test_what_is_no_saved_multi_task_model_is_named(tmp_path, tokenizer):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Predictor.from_pretrained(tmp_path / "nowhere")
+    BACKBONES["bert"]().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a 'bert' model, which is no multi-task model"):
+        Predictor.from_pretrained(tmp_path)
+
+
+# ---- the command line ----
+
+
+def run_predict(*arguments):
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)])
+
+
+def test_the_command_has_the_same_options(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = "we saw a very very sad film . " * 12
+    done = run_predict(tmp_path, "--text", text, "--stride", 8, "--top-k", 2, "--device", "cpu", "--task", "tone")
+    (expected,) = Predictor(model, tokenizer)([text], ["tone"], stride=8, top_k=2)
+    assert json.loads(done.stdout) == {"text": text, **expected} and len(expected["tone"]) == 2
+    assert "cut" not in done.stderr
+    (cut,) = Predictor(model, tokenizer)([text], ["tone"])
+    done = run_predict(tmp_path, "--text", text, "--task", "tone")
+    assert json.loads(done.stdout) == {"text": text, **cut}
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:77"])
+def test_a_device_that_is_not_there_is_one_line(model, tokenizer, tmp_path, device):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    done = run_predict(tmp_path, "--text", "good", "--device", device)
+    assert done.exit_code == 1 and f"device '{device}' cannot be used" in done.output
+    assert "Traceback" not in done.output

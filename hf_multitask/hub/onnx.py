@@ -60,7 +60,7 @@ def export_onnx(
 
     Args:
         model: The model; it stays as it is, the graph is made of a copy in float32 on the CPU.
-        target: A file name that ends in `.onnx`; or a folder, which gets `model.onnx` and the model's `config.json`.
+        target: A file name that ends in `.onnx`; or a folder, which gets `model.onnx`.
         tasks: Names of the tasks in the graph (default: all that are not auxiliary).
         tokenizer: The model's tokenizer, to be saved in the same folder.
 
@@ -88,8 +88,6 @@ def export_onnx(
         _compare(traced, made)
         for file in Path(scratch).iterdir():  # weights of more than 2 GB have a file of their own
             os.replace(file, path.parent / file.name)
-    if path != target:
-        model.config.save_pretrained(target)
     if tokenizer is not None:
         tokenizer.save_pretrained(path.parent)
     return path
