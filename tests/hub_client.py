@@ -23,40 +23,37 @@ from hf_multitask.models.auto import SCHEMES
 
 TESTS = Path(__file__).parent
 
-# Where there is no hf_multitask: the import fails as it does where a package is not installed.
-WITHOUT_PACKAGE = """
-import sys
+# Imports what others have made; hf_multitask is imported by the programs, where they may.
+SERVE = """
+import json, os, sys, torch, traceback
+import accelerate, datasets, peft, scipy.stats, seqeval.metrics, sklearn.metrics, typer.testing
+import transformers.models.bert.modeling_bert
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Seq2SeqTrainer, Trainer
+from transformers.utils import logging
+
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "hf_multitask":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Missing())
-import peft, transformers.models.bert.modeling_bert
-"""
-WITH_PACKAGE = """
-import hf_multitask.trainer, hf_multitask.hub.push, hf_multitask.prediction, hf_multitask.cli
-import peft, transformers.models.bert.modeling_bert
-"""
-SERVE = """
-import json, os, sys, torch, traceback, warnings
+
+assert not any(name.split(".")[0] == "hf_multitask" for name in sys.modules)
 torch.set_num_threads(1)
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 logging.disable_progress_bar()
-sys.path[:0] = [{tests!r}]
 replies = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 print(json.dumps("ready"), file=replies, flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     if (child := os.fork()) == 0:
-        scope = {{"torch": torch, "AutoModel": AutoModel, **asked["values"]}}
+        scope = {"torch": torch, "AutoModel": AutoModel, **asked["values"]}
         os.environ.update(asked["env"])
+        if not asked["package"]:
+            sys.meta_path.insert(0, Missing())
         try:
             exec(compile(asked["code"], "program", "exec"), scope)
-            reply = {{"result": scope.get("result")}}
+            reply = {"result": scope.get("result")}
         except BaseException as error:
-            reply = {{"error": f"{{type(error).__name__}}: {{error}}", "trace": traceback.format_exc()}}
+            reply = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         print(json.dumps(reply), file=replies, flush=True)
         sys.stderr.flush()
         os._exit(0)
@@ -74,11 +71,10 @@ class Client:
     Args:
         url: Address of the Hub.
         home: A folder for caches.
-        package: Whether hf_multitask can be imported.
         token: The token, or none.
     """
 
-    def __init__(self, url: str, home: Path, *, package: bool = True, token: str = "writer") -> None:
+    def __init__(self, url: str, home: Path, token: str = "writer") -> None:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
         self.env = {
             **kept,
@@ -89,12 +85,11 @@ class Client:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_TOKEN": token,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(TESTS.parent),
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
         }
-        program = (WITH_PACKAGE if package else WITHOUT_PACKAGE) + SERVE.format(tests=str(TESTS))
         self.errors = (home / "client.log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", SERVE],
             env=self.env,
             cwd=home,
             stdin=subprocess.PIPE,
@@ -104,8 +99,10 @@ class Client:
         )
         self._ready = False
 
-    def run(self, code: str, /, env: dict[str, str] | None = None, **values: Any) -> Any:
+    def run(self, code: str, /, env: dict[str, str] | None = None, package: bool = True, **values: Any) -> Any:
         """Return what a program leaves in `result`; `values` are its variables.
+
+        Without `package`, importing hf_multitask fails as it does where it is not installed.
 
         Raises:
             ClientError: It ended with an exception.
@@ -113,7 +110,7 @@ class Client:
         if not self._ready:
             self._ready = self._reply() == "ready"
         assert self._process.stdin is not None
-        asked = {"code": dedent(code), "values": values, "env": env or {}}
+        asked = {"code": dedent(code), "values": values, "env": env or {}, "package": package}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         reply = self._reply()
@@ -175,12 +172,5 @@ def hub():
 @pytest.fixture(scope="session")
 def client(hub, tmp_path_factory):
     made = Client(hub.url, tmp_path_factory.mktemp("client"))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="session")
-def bare(hub, tmp_path_factory):
-    made = Client(hub.url, tmp_path_factory.mktemp("bare"), package=False)
     yield made
     made.close()

@@ -10,10 +10,8 @@ from conftest import BACKBONES, make_tasks
 from hub_client import (  # noqa: F401
     INPUT_IDS,
     LOGITS,
-    WITH_PACKAGE,
     Client,
     ClientError,
-    bare,
     client,
     hub,
     logits_of,
@@ -87,40 +85,42 @@ def test_what_was_pushed_loads_by_its_id_in_a_new_process_bit_for_bit(hub, clien
 
 
 @every_scheme
-def test_the_code_that_goes_along_loads_where_the_library_is_not_installed(bare, pushed, sharing):  # noqa: F811
+def test_the_code_that_goes_along_loads_where_the_library_is_not_installed(client, pushed, sharing):  # noqa: F811
     program = LOGITS + (
         "try:\n    import hf_multitask\nexcept ModuleNotFoundError:\n    pass\nelse:\n    raise AssertionError\n"
         "model = AutoModel.from_pretrained(repo, trust_remote_code=True)\n"
         "result = [type(model).__module__.split('.')[0], type(model).__name__, logits_of(model)]"
     )
-    module, name, logits = bare.run(program, repo=f"me/{sharing}", input_ids=INPUT_IDS)
+    module, name, logits = client.run(program, repo=f"me/{sharing}", input_ids=INPUT_IDS, package=False)
     assert (module, name) == ("transformers_modules", SCHEMES[sharing].__name__)
     assert logits == pushed[sharing]
 
 
-def test_a_folder_with_code_loads_without_the_library_too_and_never_unasked(bare, client, pushed, tmp_path):  # noqa: F811
+def test_a_folder_with_code_loads_without_the_library_too_and_never_unasked(client, pushed, tmp_path):  # noqa: F811
     program = LOGITS + (
         "from huggingface_hub import snapshot_download\nfolder = snapshot_download(repo, local_dir=folder)\n"
         "result = logits_of(AutoModel.from_pretrained(folder, trust_remote_code=True))"
     )
     folder = str(tmp_path / "copy")
-    assert bare.run(program, repo="me/adapter", folder=folder, input_ids=INPUT_IDS) == pushed["adapter"]
+    assert (
+        client.run(program, repo="me/adapter", folder=folder, input_ids=INPUT_IDS, package=False) == pushed["adapter"]
+    )
     with pytest.raises(ClientError, match="trust_remote_code=True"):
-        bare.run("AutoModel.from_pretrained(folder, trust_remote_code=False)", folder=folder)
+        client.run("AutoModel.from_pretrained(folder, trust_remote_code=False)", folder=folder, package=False)
 
 
 def test_where_the_library_is_installed_its_own_code_is_used(client, pushed):  # noqa: F811
-    program = "result = type(AutoModel.from_pretrained('me/hard', trust_remote_code=trust)).__module__"
+    program = "import hf_multitask\nresult = type(AutoModel.from_pretrained('me/hard', trust_remote_code=trust)).__module__"
     for trust in (True, None):
         assert client.run(program, trust=trust) == "hf_multitask.models.hard_sharing"
 
 
-def test_what_was_loaded_with_its_code_is_saved_with_it(bare, pushed, tmp_path):  # noqa: F811
+def test_what_was_loaded_with_its_code_is_saved_with_it(client, pushed, tmp_path):  # noqa: F811
     program = LOGITS + (
         "AutoModel.from_pretrained('me/prefix', trust_remote_code=True).save_pretrained(folder)\n"
         "result = logits_of(AutoModel.from_pretrained(folder, trust_remote_code=True))"
     )
-    assert bare.run(program, folder=str(tmp_path / "again"), input_ids=INPUT_IDS) == pushed["prefix"]
+    assert client.run(program, folder=str(tmp_path / "again"), input_ids=INPUT_IDS, package=False) == pushed["prefix"]
 
 
 # ---- revisions and changes ----
