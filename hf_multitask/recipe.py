@@ -32,24 +32,22 @@ are arguments of its tokenizer (`pad_token: "<|endoftext|>"` for a decoder witho
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .models.auto import SCHEMES
 from .models.backbone import HUB_OPTIONS
 from .models.base import MultiTaskModel
+from .models.limits import is_text, shown
 from .models.task import Task, TaskType, closest
+from .recipe_file import parse_yaml, read_yaml
 from .training_args import MultiTaskTrainingArguments
 
 __all__ = ["Recipe", "RecipeParts", "build", "load_recipe", "parse_overrides"]
 
 _PREFIX = "quickstart:"
-_CHANGED = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
 _SPLITS = ("train", "validation", "test")
 _LOADING = ("path", "name", "revision", "data_files", "data_dir")
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -105,32 +103,10 @@ def parse_overrides(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
         if not equals or not key:
             raise ValueError(f"--set {setting!r}: write it as key=value, for example training.max_steps=10")
         try:
-            overrides.append((key.split("."), _parse(value)))
-        except yaml.YAMLError:
+            overrides.append((key.split("."), parse_yaml(value)))
+        except ValueError:
             raise ValueError(f"--set {setting!r}: {value!r} is not a value in YAML; put text in quotes") from None
     return overrides
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `no` and `off` are words (and may be labels), `1e-4` is a number."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"([-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse(text: str) -> Any:
-    """Return a YAML value; raises `yaml.YAMLError`."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
 
 
 def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
@@ -145,14 +121,7 @@ def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         ValueError: It is no valid recipe; an unknown key is named with the closest known one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe {str(path)!r} does not exist")
-    try:
-        content = _parse(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {str(path)!r} must be a mapping with model, tasks and training")
+    content = read_yaml(path)
     for keys, value in parse_overrides(settings):
         _set(content, keys, value)
     return _check(content, path)
@@ -186,10 +155,10 @@ def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _check_keys(where: str, content: Any, known: Sequence[str], required: Sequence[str] = ()) -> None:
     if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a mapping, got {content!r}")
+        raise ValueError(f"{where} must be a mapping, got {shown(content)}")
     for key in content:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{closest(key, known)}; keys are {', '.join(known)}")
+            raise ValueError(f"{where}: unknown key {shown(key)}{closest(key, known)}; keys are {', '.join(known)}")
     for key in required:
         if key not in content:
             raise ValueError(f"{where}: key {key!r} is missing")
@@ -200,25 +169,38 @@ def _check(content: dict[str, Any], path: Path) -> Recipe:
     _check_keys(where, content, ("model", "tasks", "training"), ("model", "tasks"))
     model = dict(content["model"]) if isinstance(content["model"], dict) else content["model"]
     sharing = model.get("sharing", "hard") if isinstance(model, dict) else "hard"
-    if sharing not in SCHEMES:
+    if not isinstance(sharing, str) or sharing not in SCHEMES:
         raise ValueError(
-            f"{where}, model.sharing: {sharing!r} is not known{closest(sharing, SCHEMES)}; "
+            f"{where}, model.sharing: {shown(sharing)} is not known{closest(sharing, SCHEMES)}; "
             f"schemes are {', '.join(SCHEMES)}"
         )
     known = ("backbone", "sharing", "backbone_kwargs", "tokenizer_kwargs", *SCHEMES[sharing].options())
     _check_keys(f"{where}, model", model, known, ("backbone",))
-    if not isinstance(model["backbone"], str):
-        raise ValueError(f"{where}, model.backbone must be a Hub id or a folder, got {model['backbone']!r}")
+    if not is_text(model["backbone"]):
+        raise ValueError(f"{where}, model.backbone must be a Hub id or a folder, got {shown(model['backbone'])}")
+    for key in ("backbone_kwargs", "tokenizer_kwargs"):
+        if not isinstance(model.get(key, {}), dict) or not all(isinstance(name, str) for name in model.get(key, {})):
+            raise ValueError(f"{where}, model.{key} must be a mapping of arguments, got {shown(model[key])}")
+    if not model.get("backbone_kwargs", {}).get("weights_only", True):
+        raise ValueError(
+            f"{where}, model.backbone_kwargs: weights_only=false would run what a pickle says; leave it out"
+        )
     if not isinstance(content["tasks"], list) or not content["tasks"]:
         raise ValueError(f"{where}: tasks must be a list of at least one task")
     task_fields = [field.name for field in fields(Task)]
     for task in content["tasks"]:
         name = task.get("name") if isinstance(task, dict) else task
-        _check_keys(f"{where}, task {name!r}", task, task_fields, ("name", "type", "dataset"))
+        _check_keys(f"{where}, task {shown(name)}", task, task_fields, ("name", "type", "dataset"))
         if isinstance(task["dataset"], dict):
-            _check_keys(f"{where}, task {name!r}, dataset", task["dataset"], (*_LOADING, *_SPLITS), ("path",))
-        elif not isinstance(task["dataset"], str):
-            raise ValueError(f"{where}, task {name!r}: dataset must be a name or a mapping, got {task['dataset']!r}")
+            _check_keys(f"{where}, task {shown(name)}, dataset", task["dataset"], (*_LOADING, *_SPLITS), ("path",))
+            if not is_text(task["dataset"]["path"]):
+                raise ValueError(
+                    f"{where}, task {shown(name)}: dataset.path is {shown(task['dataset']['path'])}, no name"
+                )
+        elif not is_text(task["dataset"]):
+            raise ValueError(
+                f"{where}, task {shown(name)}: dataset must be a name or a mapping, got {shown(task['dataset'])}"
+            )
     training = content.get("training") or {}
     arguments = [field.name for field in fields(MultiTaskTrainingArguments) if field.init]
     _check_keys(f"{where}, training", training, arguments)

@@ -6,7 +6,6 @@ the place where it would stand stays empty. Only a folder from which nothing can
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.saved_config import load_json
 from .comparison_result import Comparison
 from .conflict_result import GradientConflicts
 from .grouping_result import TaskGroups
@@ -25,6 +25,7 @@ from .sweep_result import AuxiliarySweep
 __all__ = ["read_facts"]
 
 _STATE = "trainer_state.json"
+_LARGEST = 2**32  # bytes of the log of a long training
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,9 @@ def _known_files() -> str:
 def _load(path: Path) -> dict[str, Any] | str:
     """Return what a JSON file holds, or why it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path, path.name, _LARGEST, with_nan=True)
     except (OSError, ValueError) as error:
         return f"{path.name} cannot be read ({error})"
-    return content if isinstance(content, dict) else f"{path.name} holds no dictionary"
 
 
 def _take(facts: RunFacts, kind: str, path: Path, content: dict[str, Any]) -> bool:
@@ -148,7 +148,7 @@ def _take(facts: RunFacts, kind: str, path: Path, content: dict[str, Any]) -> bo
         return False
     try:
         found = _KINDS[kind].read(content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         facts.warnings.append(f"{path.name} is not complete: {what}")
         return False
@@ -178,7 +178,7 @@ def _missing_metrics(facts: RunFacts) -> Iterator[str]:
         for split in splits:
             values = as_mapping(task.get(split))
             primary = task.get("primary_metric")
-            if primary not in values:
+            if not isinstance(primary, str) or primary not in values:
                 yield f"task {name!r} has no {split} metric {primary!r}"
             for metric, value in values.items():
                 if finite(value) is None:

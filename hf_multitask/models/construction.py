@@ -168,19 +168,22 @@ class ConstructedModel(SharingScheme):
         asked = kwargs.pop("output_loading_info", False)
         if kwargs.pop("use_safetensors", True) is False or kwargs.get("weights_only") is False:
             raise ValueError("a saved model is read from safetensors alone; leave out use_safetensors and weights_only")
-        if args and args[0] is not None and kwargs.get("gguf_file") is None:
-            cls._check_folder(args[0], kwargs, asked)
+        folder = args[0] if args else None
+        if folder is not None and kwargs.get("gguf_file") is None:
+            cls._check_folder(folder, kwargs, asked)
         try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, use_safetensors=True, **kwargs)
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, use_safetensors=True, **kwargs)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise ValueError(f"the weights do not fit the configuration: {error}") from error
+        model, info = loaded
         align_memory(model)
         model.freeze_backbone()
         if asked:
             return model, info
-        refuse_report(info, args[0] if args else None)
+        if folder is not None:
+            refuse_report(info, folder)
         return model
 
     @classmethod

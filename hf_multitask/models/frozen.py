@@ -29,7 +29,7 @@ from .language_head import CausalLanguageHead
 from .limits import is_text, shown
 from .pretrained_language import load_language_model
 from .saved_config import HUB_OPTIONS
-from .saved_weights import check_fits, check_shapes, find_weights, headers_of, meta_model, read_tensors
+from .saved_weights import check_fits, check_shapes, find_weights, headers_of, meta_model, read_tensors, refuse_report
 from .task_type import TaskType
 
 __all__ = ["FrozenBackboneConfig", "FrozenBackboneModel"]
@@ -226,11 +226,17 @@ class FrozenBackboneModel(MultiTaskModel):
             tensors |= _backbone_tensors(config, backbone, skeleton.lm_head is not None)
         elif backbone is not None:
             raise ValueError(f"{str(folder)!r} holds the backbone's weights; leave out backbone={backbone!r}")
+        asked = kwargs.pop("output_loading_info", False)
         packed = bool(getattr(config.backbone_config, "quantization_config", None))
-        check_fits(skeleton, headers_of(tensors), folder, packed, bool(kwargs.get("output_loading_info")))
+        check_fits(skeleton, headers_of(tensors), folder, packed, asked)
         if not any(key in kwargs for key in dtypes):
             kwargs["dtype"] = config.dtype
-        return super().from_pretrained(None, *rest, config=config, state_dict=tensors, **kwargs)
+        options = {"config": config, "state_dict": tensors, "output_loading_info": True, **kwargs}
+        model, info = super().from_pretrained(None, *rest, **options)
+        if asked:
+            return model, info
+        refuse_report(info, folder)
+        return model
 
     def load_adapters(self, folder: str | Path) -> None:
         """Load what `save_pretrained` wrote in PEFT's format into this model; heads and backbone stay as they are.

@@ -72,12 +72,13 @@ def is_text(value: object) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def check_plain(values: Any, where: str) -> None:
+def check_plain(values: Any, where: str, with_nan: bool = False) -> None:
     """Check that values are what JSON can hold, in a sane depth, without NaN.
 
     Args:
         values: Any nesting of dictionaries and lists.
         where: What it is, in front of a message.
+        with_nan: Numbers may be NaN.
 
     Raises:
         ValueError: They are not.
@@ -85,7 +86,7 @@ def check_plain(values: Any, where: str) -> None:
     for path, value, depth in _walk(values):
         if depth > DEEPEST:
             raise ValueError(f"{where}: {'.'.join(path[:3])}... is nested deeper than {DEEPEST} levels")
-        if isinstance(value, float) and math.isnan(value):
+        if isinstance(value, float) and math.isnan(value) and not with_nan:
             raise ValueError(f"{where}: {'.'.join(path) or 'a value'} is NaN, which is no number")
         if not isinstance(value, (dict, list, tuple, str, int, float, type(None))):
             raise ValueError(f"{where}: {'.'.join(path) or 'a value'} is of type {type(value).__name__}, not of JSON's")

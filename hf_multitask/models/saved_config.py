@@ -44,13 +44,14 @@ _FLOATING = {
 _ELSEWHERE = ("configuration_files", "custom_generate", "fusion_config", "gguf_file")
 
 
-def load_json(path: str | os.PathLike, what: str, largest: int = _LARGEST) -> dict[str, Any]:
+def load_json(path: str | os.PathLike, what: str, largest: int = _LARGEST, with_nan: bool = False) -> dict[str, Any]:
     """Return the dictionary that a JSON file holds.
 
     Args:
         path: The file.
         what: What it is, in front of a message.
         largest: The most bytes that are read.
+        with_nan: Numbers may be NaN, as they are in the log of a training that diverged.
 
     Raises:
         ValueError: It is larger, no JSON, nested too deeply, or no dictionary.
@@ -64,7 +65,7 @@ def load_json(path: str | os.PathLike, what: str, largest: int = _LARGEST) -> di
         raise ValueError(f"{what} is no JSON file that can be read: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{what} holds a {type(content).__name__}; it must hold a dictionary")
-    check_plain(content, what)
+    check_plain(content, what, with_nan)
     return content
 
 
