@@ -110,7 +110,7 @@ def test_the_command_writes_graph_and_tokenizer(exported):
     assert {"model.onnx", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     for arguments, message in (
         (["--format", "tflite"], "format 'tflite' is not known; it must be onnx"),
-        (["--task", "tune"], "no task 'tune'; tasks are tone, names"),
+        (["--task", "tune"], "no task 'tune', did you mean 'tone'"),
     ):
         failed = CliRunner().invoke(app, ["export", str(folder.parent / "saved"), str(folder / "x"), *arguments])
         assert failed.exit_code == 1 and message in failed.output and "Traceback" not in failed.output
