@@ -43,6 +43,7 @@ from .models.base import MultiTaskModel
 from .models.limits import is_text, shown
 from .models.task import Task, TaskType, closest
 from .recipe_file import parse_yaml, read_yaml
+from .shipped_recipes import find_recipe
 from .training_args import MultiTaskTrainingArguments
 
 __all__ = ["Recipe", "RecipeParts", "build", "load_recipe", "parse_overrides"]
@@ -113,14 +114,14 @@ def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply settings.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of a recipe that comes with the package (`quickstart`).
         settings: `key=value` each; a task is addressed by its name or number (`tasks.topic.weight=0.5`).
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is no valid recipe; an unknown key is named with the closest known one.
     """
-    path = Path(path)
+    path = find_recipe(path)
     content = read_yaml(path)
     for keys, value in parse_overrides(settings):
         _set(content, keys, value)

@@ -95,7 +95,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: It is no YAML, or holds something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"recipe {str(path)!r} does not exist")
+        raise FileNotFoundError(f"recipe {str(path)!r} does not exist, and none of this name comes with the package")
     if path.stat().st_size > 4 * _LONGEST:
         raise ValueError(f"recipe {str(path)!r} has {path.stat().st_size:,} bytes, far more than a recipe has")
     try:

@@ -50,6 +50,7 @@ FLOORS = {
     "hub": 3,
     "recipe": 4,
     "running": 4,
+    "shipped_recipes": 3,
     "trainer": 4,
     "analysis": 5,
     "cli": 6,

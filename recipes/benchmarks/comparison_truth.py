@@ -13,8 +13,8 @@ defaults:
 - unrelated: each task has 3,000 texts with the sign of a sum of its own, for which the same backbone is wide enough.
   Truth: both are equal.
 
-Settings were chosen on repetitions 0 to 5 (with twice the learning rate and three quarters of the steps, one seed in a few
-fails to learn `large`, alone or not, and the verdict is `undecided`, as it should be); those recorded begin at 200.
+Settings were chosen on repetitions 0 to 5 (with twice the learning rate and three quarters of the steps, one seed in a
+few fails to learn `large`, alone or not, and the verdict is `undecided`, as it should be); those recorded begin at 200.
 
 Each repetition draws a language and texts anew, and its own seeds. A verdict counts as right only if it is the truth:
 `undecided` is wrong here. A repetition is right if both of its verdicts are.
