@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
 from .frozen import FrozenBackboneConfig, FrozenBackboneModel
+from .limits import check_pattern
 from .low_rank import LowRank, LowRankHook, default_targets, features, find_targets
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class AdapterConfig(FrozenBackboneConfig):
                 raise ValueError(f"{option} must be above 0, got {alpha!r}")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty; name at least one linear layer, or leave it out")
+        if isinstance(self.target_modules, str):
+            check_pattern(self.target_modules, "target_modules")
 
     def rank_and_alpha(self, shared: bool) -> tuple[int, int | float]:
         """Return rank and alpha of the shared addition or of a task's own."""

@@ -15,6 +15,7 @@ __all__ = [
     "MOST_LABELS",
     "MOST_LAYERS",
     "MOST_TASKS",
+    "check_pattern",
     "check_plain",
     "check_sizes",
     "is_text",
@@ -33,6 +34,7 @@ MOST_EXPERTS = 10_000
 """Experts of a layer."""
 MOST_POSITIONS = 2**24
 """Positions of a backbone."""
+_MOST_REPETITIONS = 4
 DEEPEST = 40
 """Dictionaries and lists within each other."""
 
@@ -70,6 +72,33 @@ def is_text(value: object) -> bool:
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME or "\0" in value:
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """Check a regular expression for names of modules, which must not take for ever to try.
+
+    Raises:
+        ValueError: It is none, is long, repeats a group, or has many repetitions, which are tried one by another.
+
+    Example:
+        >>> check_pattern(r".*layer.(0|1).*query", "target_modules")
+        >>> check_pattern("(a+)+", "target_modules")
+        Traceback (most recent call last):
+        ...
+        ValueError: target_modules '(a+)+' repeats a group, which can take for ever; name the modules in a list
+    """
+    plain = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
+    if len(pattern) > 1000 or len(re.findall(r"[*+{]", plain)) > _MOST_REPETITIONS:
+        wrong = f"is longer than 1,000 characters or has more than {_MOST_REPETITIONS} repetitions"
+    elif re.search(r"\)[*+{]", plain):
+        wrong = "repeats a group"
+    else:
+        try:
+            re.compile(pattern)
+            return
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{where} {shown(pattern)} is no regular expression: {error}") from None
+    raise ValueError(f"{where} {shown(pattern)} {wrong}, which can take for ever; name the modules in a list")
 
 
 def check_plain(values: Any, where: str, with_nan: bool = False) -> None:
