@@ -25,10 +25,10 @@ TESTS = Path(__file__).parent
 
 # Imports what others have made; hf_multitask is imported by the programs, where they may.
 SERVE = """
-import json, os, sys, torch, traceback
+import gc, json, os, sys, torch, traceback
 import accelerate, datasets, peft, scipy.stats, seqeval.metrics, sklearn.metrics, typer.testing
 import transformers.models.bert.modeling_bert
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Seq2SeqTrainer, Trainer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast, Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 class Missing:
@@ -38,7 +38,11 @@ class Missing:
 
 assert not any(name.split(".")[0] == "hf_multitask" for name in sys.modules)
 torch.set_num_threads(1)
+# Loading a model compiles many expressions, once in a process and its forks.
+small = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+BertModel.from_pretrained(None, config=small.config, state_dict=small.state_dict())
 logging.disable_progress_bar()
+gc.freeze()  # what is shared with the forks stays shared
 replies = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 print(json.dumps("ready"), file=replies, flush=True)

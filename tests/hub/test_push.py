@@ -110,7 +110,9 @@ def test_a_folder_with_code_loads_without_the_library_too_and_never_unasked(clie
 
 
 def test_where_the_library_is_installed_its_own_code_is_used(client, pushed):  # noqa: F811
-    program = "import hf_multitask\nresult = type(AutoModel.from_pretrained('me/hard', trust_remote_code=trust)).__module__"
+    program = (
+        "import hf_multitask\nresult = type(AutoModel.from_pretrained('me/hard', trust_remote_code=trust)).__module__"
+    )
     for trust in (True, None):
         assert client.run(program, trust=trust) == "hf_multitask.models.hard_sharing"
 
