@@ -133,7 +133,7 @@ def entities_by_hand(words: list[str]) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("stride", [0, 1, 5, 15])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 4])
 def test_entities_of_a_long_text_are_found_once_with_their_characters(tokenizer, stride, seed):
     words = make_text(seed)
     text = " ".join(words)
