@@ -13,8 +13,9 @@ defaults:
 - unrelated: each task has 3,000 texts with the sign of a sum of its own, for which the same backbone is wide enough.
   Truth: both are equal.
 
-Settings were chosen on repetitions 0 to 5 (with twice the learning rate and three quarters of the steps, one seed in a
-few fails to learn `large`, alone or not, and the verdict is `undecided`, as it should be); those recorded begin at 200.
+Settings were chosen on repetitions 0 to 5. With twice the learning rate one seed in a few fails to learn a task, alone
+or not, and the verdict is `undecided`, as it should be; of `unrelated`, repetitions 200 to 204 showed that (4 of 5
+right): the run was stopped, its rate halved too, and it began anew at 300. The others begin at 200.
 
 Each repetition draws a language and texts anew, and its own seeds. A verdict counts as right only if it is the truth:
 `undecided` is wrong here. A repetition is right if both of its verdicts are.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -66,7 +68,7 @@ PAIRS: dict[str, dict[str, Any]] = {
             "first": {"rows": 3000, "signs": True, "sums": [0]},
             "second": {"rows": 3000, "signs": True, "sums": [SUMS]},
         },
-        "training": {"max_steps": 200, "per_device_train_batch_size": 64, "learning_rate": 1e-2},
+        "training": {"max_steps": 250, "per_device_train_batch_size": 64, "learning_rate": 5e-3},
     },
 }
 TRAINING: dict[str, Any] = {"per_device_eval_batch_size": 500, "warmup_steps": 0.1, "use_cpu": True}
@@ -156,10 +158,10 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     gc.freeze()  # what is loaded by now stays: looking through it before every run would take longer than the run
-    result: dict[str, Any] = {}
-    begin = time.time()
+    known = Path(__file__).with_suffix(".json")
+    result: dict[str, Any] = json.loads(known.read_text()) if known.is_file() else {}  # of pairs that are left out
     for name in arguments.pairs:
-        repetitions = []
+        repetitions, begin = [], time.time()
         for number in range(arguments.first, arguments.first + arguments.repetitions):
             with tempfile.TemporaryDirectory() as folder:
                 repetitions.append(repeat(name, number, Path(folder)))
@@ -171,10 +173,11 @@ def main() -> None:
             "of": len(repetitions),
             "undecided verdicts": verdicts.count("undecided"),
             "of verdicts": len(verdicts),
+            "first": arguments.first,
+            "seconds": round(time.time() - begin),
             "repetitions": repetitions,
         }
-    result["seconds"] = round(time.time() - begin)
-    write_result(__file__, result | {"training": TRAINING, "setting": describe()}, arguments.write)
+        write_result(__file__, result | {"training": TRAINING, "setting": describe()}, arguments.write)
 
 
 if __name__ == "__main__":
