@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
@@ -16,12 +17,19 @@ from .task_options import check_generation_options
 
 __all__ = ["MultiTaskConfig"]
 
+# The types of fields, as they stand in the source.
+_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": (float, int), "str": str, "None": type(None)}
+_TYPES |= {"dict": dict, "list": (list, tuple)}
 _POOLINGS = (None, "mean", "first", "last")
 # What Transformers raises where a value is of another kind than it takes for granted.
 _MISFITS = (
     *(StrictDataclassError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError),
     *(RecursionError, ImportError, NotImplementedError),
 )
+
+
+def _flat(kinds: list[Any]) -> tuple[type, ...]:
+    return tuple(kind for one in kinds for kind in (one if isinstance(one, tuple) else (one,)))
 
 
 class MultiTaskConfig(PreTrainedConfig):
@@ -91,10 +99,24 @@ class MultiTaskConfig(PreTrainedConfig):
         if not isinstance(config_dict, dict):
             raise ValueError(f"a configuration must be a dictionary, got {type(config_dict).__name__}")
         check_config(config_dict, cls.model_type)
+        cls._check_types(config_dict)
         try:
             return super().from_dict(migrate(config_dict), **kwargs)
         except _MISFITS as error:
             raise ValueError(f"config.json has a value that does not fit: {shown(error)}") from error
+
+    @classmethod
+    def _check_types(cls, values: dict[str, Any]) -> None:
+        """Raise ValueError where a value of a field of ours is of another type than the field."""
+        for field in fields(cls):
+            if field.name not in values or not isinstance(field.type, str):  # Transformers' own are no text
+                continue
+            value = values[field.name]
+            names = [part.split("[")[0].strip() for part in field.type.split("|")]
+            known = [_TYPES[name] for name in names if name in _TYPES]
+            fits = isinstance(value, _flat(known)) and (not isinstance(value, bool) or bool in known)
+            if len(known) == len(names) and not fits:
+                raise ValueError(f"config.json: {field.name} must be {field.type}, got {shown(value)}")
 
     def get_tasks(self) -> list[Task]:
         """Return the tasks as [`Task`] objects, in order."""
