@@ -111,7 +111,7 @@ def comparison_section(facts: CardFacts) -> str:
         rows.append(
             [
                 code_span(name),
-                escape(task.get("metric", "")),
+                code_span(task.get("metric", "")),
                 f"{single:.4f}",
                 f"{multi:.4f}",
                 f"{difference:+.4f}",

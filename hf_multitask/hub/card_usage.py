@@ -9,9 +9,9 @@ from .card_facts import CardFacts, TaskFacts
 
 __all__ = ["usage_section"]
 
-_TEXT = "A text that the model has never seen."
-_SECOND = "Another text, to be read with the first."
-_CHOICES = ["one choice", "another choice"]
+_TEXT = "It was a good film."
+_SECOND = "Maria saw it."
+_CHOICES = ["we saw it", "it was sad"]
 
 
 def usage_section(facts: CardFacts) -> str:

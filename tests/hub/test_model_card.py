@@ -187,7 +187,7 @@ ABSENT = {
     "license": (None, "license:"),
     "languages": ((), "language:"),
     "tags": ((), "demo"),
-    "options": ({}, "rank"),
+    "options": ({}, "its `rank`"),
     "tasks": ([], "## Tasks"),
 }
 
@@ -279,7 +279,9 @@ def served_models():
 def test_the_code_of_a_card_runs_as_it_stands(tmp_path, monkeypatch, capsys, kind):
     model = dict(served_models())[kind]
     model.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(tmp_path / "model")
     if kind == "classifiers":
         write_code(tmp_path / "model")
     write_model_card(tmp_path / "model", tmp_path / "README.md", location="model")
