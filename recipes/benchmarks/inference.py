@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging as standard_logging
 import os
 import resource
 import statistics
@@ -162,6 +163,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    standard_logging.getLogger("hf_multitask").setLevel("ERROR")  # both cut the same texts
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.worker:
