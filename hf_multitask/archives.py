@@ -79,7 +79,12 @@ def read_zip(archive: zipfile.ZipFile, name: str, largest: int = LARGEST, into: 
                 return b"".join(parts)
             digest = hashlib.sha256()
             with open(into, "wb") as plain:
-                _pour(source, name, largest, lambda chunk: (digest.update(chunk), plain.write(chunk)))
+
+                def take(chunk: bytes) -> None:
+                    digest.update(chunk)
+                    plain.write(chunk)
+
+                _pour(source, name, largest, take)
             return digest.hexdigest().encode()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise ArchiveError(f"{name!r} cannot be read: {error}") from None

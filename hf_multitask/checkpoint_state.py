@@ -81,7 +81,8 @@ def check_balancing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """
     if not isinstance(saved.get("weighting"), dict):
         raise ValueError(f"balancing.weighting in the checkpoint is {shown(saved.get('weighting'))}, no state")
-    check_form(*({key: part for key, part in one.items() if key != "weighting"} for one in (saved, own)), "balancing")
+    given, expected = ({key: part for key, part in one.items() if key != "weighting"} for one in (saved, own))
+    check_form(given, expected, "balancing")
 
 
 def check_form(saved: Any, own: Any, where: str) -> None:
