@@ -28,7 +28,8 @@ SERVE = """
 import gc, json, os, sys, torch, traceback
 import accelerate, datasets, peft, scipy.stats, seqeval.metrics, sklearn.metrics, typer.testing
 import transformers.models.bert.modeling_bert
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast, Seq2SeqTrainer, Trainer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 class Missing:

@@ -230,9 +230,8 @@ def test_processes_share_the_rows_and_each_is_read_once(processes, monkeypatch):
     ],
 )
 def test_arguments_of_generate_are_looked_at(generation, message):
-    task = Task("say", "causal_lm", prompt="{text}", generation=generation)
     with pytest.raises(ValueError, match=f"task 'say': {message}"):
-        check_generation([task], with_generate=True)
+        check_generation([Task("say", "causal_lm", prompt="{text}", generation=generation)], with_generate=True)
 
 
 def test_what_cannot_be_computed_is_refused_before_training():

@@ -392,7 +392,12 @@ def test_a_configuration_of_before_there_were_versions_is_read(saved):
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [(2, "install a newer hf_multitask"), (-1, "whole number from 0"), ("1", "whole number"), (True, "whole number")],
+    [
+        (2, "install a newer hf_multitask"),
+        (-1, "whole number from 0"),
+        ("1", "must be int, got '1'"),
+        (True, "must be int, got True"),
+    ],
 )
 def test_another_version_is_refused(saved, version, message):
     folder = saved()

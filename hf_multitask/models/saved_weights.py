@@ -137,7 +137,7 @@ def check_fits(model: nn.Module, saved: Headers, folder: Any, packed: bool = Fal
         saved: What the files hold.
         folder: Where they are, for the message.
         packed: The weights are quantised: several numbers stand in one, so shapes say nothing.
-        gaps: Parts may be missing, though not most.
+        gaps: Parts may be missing, as many as there are.
 
     Raises:
         ValueError: A tensor has another shape or kind, or there are fewer numbers than the model has.
@@ -146,7 +146,7 @@ def check_fits(model: nn.Module, saved: Headers, folder: Any, packed: bool = Fal
         check_shapes(model, saved, folder)
     numbers = sum(math.prod(shape) for shape, _ in saved.values())
     described = sum(parameter.numel() for parameter in model.parameters())
-    if described > numbers * (16 if packed else 4 if gaps else 1):
+    if not gaps and described > numbers * (16 if packed else 1):
         raise ValueError(
             f"the configuration of {str(folder)!r} describes a model of {described:,} parameters, its files hold "
             f"{numbers:,} numbers: they do not belong together, or a part is missing; the files lack "
