@@ -181,7 +181,7 @@ SCHEME_RUNS = {
         for kind in SCHEME_RUNS
     ],
 )
-@pytest.mark.sample(2)
+@pytest.mark.sample(9)
 def test_every_scheme_on_two_processes_equals_one(tmp_path, alone, kind):
     arguments = ("mixed", "rows", "weighted", "", json.dumps(SCHEME_RUNS[kind]))
     check_equal(alone(*arguments), launch(tmp_path, 2, *arguments))

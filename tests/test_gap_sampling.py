@@ -142,7 +142,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [5, 9])
-@pytest.mark.sample(2)
+@pytest.mark.slow
 def test_streams_follow_too_and_resume(run, datasets, tmp_path, stopped):
     streams = {name: part.to_iterable_dataset(num_shards=2) for name, part in datasets.items()}
     options = dict(train=streams, dataset_sizes={name: len(part) for name, part in datasets.items()})
@@ -191,6 +191,7 @@ def test_scores_come_from_a_comparison(run, tmp_path):
     assert read.share_changes.by_step == given.share_changes.by_step
 
 
+@pytest.mark.slow
 def test_another_score_is_another_run(run, tmp_path):
     file = tmp_path / "comparison.json"
     kwargs = {"scores": None, "comparison": str(file)}

@@ -131,7 +131,7 @@ def train(datasets, tokenizer):
 
 
 @EVERY
-@pytest.mark.sample(3)
+@pytest.mark.sample(12)
 def test_every_parameter_is_trained_and_belongs_to_somebody(train, tmp_path, which):
     model = build(which)
     shared, own = list(model.shared_parameters()), [p for t in model.tasks for p in model.task_parameters(t.name)]
@@ -145,7 +145,7 @@ def test_every_parameter_is_trained_and_belongs_to_somebody(train, tmp_path, whi
 
 
 @EVERY
-@pytest.mark.sample(3)
+@pytest.mark.sample(12)
 def test_saved_and_loaded_they_are_the_same(train, tmp_path, which):
     trainer = train(build(which), output_dir=str(tmp_path), max_steps=2)
     metrics = trainer.evaluate()
@@ -158,7 +158,7 @@ def test_saved_and_loaded_they_are_the_same(train, tmp_path, which):
 
 
 @SOME
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 def test_layouts_give_one_update(train, tmp_path, which):
     models = [build(which) for _ in range(2)]
     for model, (rows, accumulation) in zip(models, ((8, 1), (2, 4)), strict=True):
@@ -175,7 +175,7 @@ def test_layouts_give_one_update(train, tmp_path, which):
 
 
 @SOME
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 def test_interrupted_and_resumed_it_ends_where_it_would_have(train, tmp_path, which):
     whole = build(which)
     train(whole, output_dir=str(tmp_path / "a"), max_steps=12)  # more than one pass over the rows
@@ -190,7 +190,7 @@ def test_interrupted_and_resumed_it_ends_where_it_would_have(train, tmp_path, wh
     "which",
     [("encoder", "hard"), ("decoder", "hard"), ("decoder", "adapter, shared"), ("t5", "hard"), ("bart", "hard")],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(12)
 def test_coefficients_reach_the_table_of_embeddings_in_every_way(train, tmp_path, which, monkeypatch):
     """Written from buffers, scaled in a plain step, or in a second pass after sketches: one gradient."""
     monkeypatch.setitem(
@@ -431,7 +431,7 @@ SELDOM = {
     ],
     ids=lambda setting: ", ".join([*setting[:2], *setting[2]]),
 )
-@pytest.mark.sample(3)
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path, setting):
     family, kind, extra = setting
     script = str(Path(__file__).with_name("language_processes.py"))
@@ -497,6 +497,7 @@ def test_encoder_decoders_are_evaluated_by_what_they_write(train, tmp_path, fami
 
 @pytest.mark.parametrize("combination", ["sum", "upgrad"])
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
+@pytest.mark.sample(4)
 def test_a_step_that_trains_nothing_that_writes_leaves_the_decoder_alone(train, tmp_path, family, combination):
     """Gradients of zeros would let momentum and decay move it, where all parameters take part in a step."""
     for weights_of_tasks, moves in ((dict(words=0.0, mood=0.0, repeat=0.0), False), (dict(words=0.0, mood=0.0), True)):

@@ -58,6 +58,7 @@ def speedless(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @EVERY_KIND
+@pytest.mark.sample(4)
 def test_layouts_give_one_update(train, kind):
     runs = []
     for rows, accumulation in ((8, 1), (2, 4)):
@@ -86,6 +87,7 @@ def test_shares_are_of_windows_and_of_examples(train):
 
 
 @SOME_KINDS
+@pytest.mark.sample(3)
 def test_resumed_equals_uninterrupted(train, tmp_path, kind):
     arguments = dict(save_strategy="steps", save_steps=2, max_steps=5)
     whole = build(kind, dropout=0.1)

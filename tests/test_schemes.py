@@ -243,7 +243,7 @@ def test_however_the_rows_are_cut(kind, make_trainer):
 
 
 @EVERY_KIND
-@pytest.mark.sample(5)
+@pytest.mark.sample(7)
 def test_resumed_equals_uninterrupted(kind, make_trainer, tmp_path):
     arguments = dict(save_strategy="steps", save_steps=2, max_steps=5, logging_steps=1, head_learning_rate=3e-3)
     whole = make_model(kind, dropout=0.1)
@@ -258,7 +258,7 @@ def test_resumed_equals_uninterrupted(kind, make_trainer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["soft", "adapter"])
-@pytest.mark.sample(2)
+@pytest.mark.sample(9)
 def test_a_run_of_another_scheme_is_not_gone_on_with(kind, make_trainer, tmp_path):
     make_trainer(make_model(kind), save_strategy="steps", save_steps=2).train()
     checkpoint = str(next(Path(tmp_path / "out").glob("checkpoint-*")))
@@ -312,7 +312,7 @@ def test_task_by_task_and_summed_it_is_the_plain_step(kind, make_trainer):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOTHING_SHARED])
 @pytest.mark.parametrize("memory", ["buffer", "sketch"])
-@pytest.mark.sample(5)
+@pytest.mark.sample(7)
 def test_gradients_of_tasks_are_combined(kind, memory, make_trainer):
     runs = []
     for rows, accumulation in ((8, 1), (2, 4)):

@@ -357,6 +357,7 @@ def test_model_init_and_a_single_dataset_work(make_trainer, bert, datasets, toke
     assert math.isfinite(trainer.train().training_loss)
 
 
+@pytest.mark.slow
 def test_tokenized_rows_train_like_text(make_trainer, bert, tokenizer, datasets):
     task = make_tasks()[0]
 

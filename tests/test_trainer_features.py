@@ -325,6 +325,7 @@ def search(trainer, name, values, settings=lambda value: {}):
     return best, objectives
 
 
+@pytest.mark.slow
 def test_a_hyperparameter_search_is_as_many_fresh_runs_and_returns_the_best(make_trainer, build, datasets):
     runs, rate_of = Runs(), {4: 1e-2, 8: 1e-5}
     given = dict(evaluation=datasets, max_steps=9)
@@ -382,6 +383,7 @@ def build_from(bert, tasks):
 
 
 @pytest.mark.parametrize("by", ["place", "name"])
+@pytest.mark.sample(2)
 def test_model_init_may_be_a_partial_function(make_trainer, bert, tasks, by):
     init = partial(build_from, bert, tasks) if by == "place" else partial(build_from, bert=bert, tasks=tasks)
     trainer = make_trainer(None, trainer_kwargs={"model_init": init})
@@ -473,6 +475,7 @@ def test_a_log_line_holds_the_means_since_the_line_before(make_trainer, build):
 
 
 @pytest.mark.parametrize("kind", ["all", "non_padding"])
+@pytest.mark.sample(2)
 def test_the_input_tokens_seen_are_those_of_the_batches(make_trainer, build, kind):
     arguments = dict(max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     trainer = make_trainer(build(), include_num_input_tokens_seen=kind, **arguments)
@@ -511,6 +514,7 @@ def test_label_smoothing_of_a_task_is_in_its_training_loss_alone(make_trainer, b
     assert without_speed(trainer.evaluate())["eval_tone_loss"] == plain.evaluate()["eval_tone_loss"]
 
 
+@pytest.mark.slow
 def test_neftune_disturbs_training_only_and_is_gone_afterwards(make_trainer, build, datasets):
     plain, noisy = (
         make_trainer(build(), evaluation=datasets, learning_rate=0.0, neftune_noise_alpha=alpha)
@@ -551,7 +555,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("case", HARMLESS)
-@pytest.mark.sample(5)
+@pytest.mark.sample(9)
 def test_what_does_not_touch_the_update_leaves_it_bit_for_bit(make_trainer, build, case):
     plain = make_trainer(build(dropout=True), seed=42, max_grad_norm=1e6)
     plain.train()
@@ -761,6 +765,7 @@ def test_the_seq2seq_trainer_is_the_same_trainer_for_several_tasks(make_trainer,
     assert all(np.array_equal(predicted[t].predictions, other_predicted[t].predictions) for t in TASKS)
 
 
+@pytest.mark.slow
 def test_with_a_plain_seq2seq_model_it_is_the_seq2seq_trainer(tokenizer, datasets, tmp_path):
     def encode(row):
         return {"input_ids": tokenizer(row["text"])["input_ids"], "labels": tokenizer(row["label"])["input_ids"]}

@@ -27,7 +27,7 @@ SETTINGS: dict[str, list[str]] = {
     "conditioned": [],
     "prefix": ["training.learning_rate=0.01"],
     "adapter": [
-        *("training.learning_rate=0.001", "training.head_learning_rate=0.005", *UNIFORM),
+        *("training.learning_rate=0.001", "training.head_learning_rate=0.02", *UNIFORM),
         *("model.rank=8", "model.shared_rank=8", "model.target_modules=[query, key, value, dense]"),
     ],
     "mixture_of_experts": ["model.num_experts=4", "model.experts_per_token=1"],

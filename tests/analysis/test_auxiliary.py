@@ -365,6 +365,7 @@ def test_weights_and_seeds_can_be_added(files, copy, trained):
     assert trained == [("weight-0.2-seed-0", "")] and sweep.weights == (0.0, 0.1, 0.2, 0.3)
 
 
+@pytest.mark.slow
 def test_a_run_whose_settings_changed_is_made_anew_and_what_changed_is_said(files, copy, trained, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(module.logger, "warning", said.append)
@@ -410,6 +411,7 @@ def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not_been(files, tmp_path,
     assert lines[0].endswith("is there") and ("goes on from" if saves else "begins in") in lines[1]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(files, tmp_path, trained):
     saving = ["training.save_strategy=steps", "training.save_steps=2"]
     repeat(files, tmp_path / "x", (0, 0.3), seeds=[0], settings=saving)

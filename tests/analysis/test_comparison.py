@@ -464,6 +464,7 @@ def test_verdicts_files_and_tables(tmp_path, first):
 # Other recipes
 
 
+@pytest.mark.slow
 def test_a_validation_split_off_the_training_rows_is_the_same_for_every_seed(tmp_path, first):
     data = {"path": "parquet", "data_files": {"train": str(first[0] / "reviews-train.parquet")}, "validation": 0.25}
     recipe = yaml.safe_load((first[0] / "job.yaml").read_text())
@@ -486,6 +487,7 @@ def test_rows_stay_in_their_order_where_training_groups_them_by_length(tmp_path,
     assert strength.tolist() == parts.datasets["validation"]["reviews"]["strength"]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_judged_where_the_recipe_asks_for_it(tmp_path):
     picking = dict(eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=5, primary_task="tone")
     path = write_recipe(tmp_path, **picking, load_best_model_at_end=True, learning_rate=0.05)

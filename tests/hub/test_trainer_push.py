@@ -69,6 +69,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.sample(2)
 def test_every_strategy_pushes_the_whole_model(hub, client, tmp_path, strategy):  # noqa: F811
     messages, checkpoints = STRATEGIES[strategy]
     repo = f"me/run-{strategy}"

@@ -210,7 +210,7 @@ def cases() -> list:
 
 @pytest.mark.registry
 @pytest.mark.parametrize(("scheme", "backbone"), cases())
-@pytest.mark.sample(4)
+@pytest.mark.sample(11)
 def test_models_pass_the_tests_of_transformers(common, subtests, monkeypatch, scheme, backbone):
     model_class, made = SCHEMES[scheme], []
     initialise = model_class.__init__

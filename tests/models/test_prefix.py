@@ -294,6 +294,7 @@ def test_a_backbone_without_a_prefix_computes_what_it_did(name):
 
 
 @uncached
+@pytest.mark.sample(9)
 def test_an_attention_that_prefixes_do_not_work_with_is_refused(name):
     model = make_model(name)
     model.backbone.config._attn_implementation = "flex_attention"
