@@ -89,6 +89,9 @@ def push(
     include_code: Annotated[
         bool, typer.Option("--include-code", help="Let the modelling code go along, for trust_remote_code=True.")
     ] = False,
+    handler: Annotated[
+        bool, typer.Option("--handler", help="Let a handler.py for Inference Endpoints go along.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, and what not; send nothing.")] = False,
 ) -> None:
     """Push a trained model to the Hub, in one commit; a model card is written if there is none.
@@ -101,12 +104,13 @@ def push(
         from ..hub.push import prepare_push, push_folder
 
         logging.disable_progress_bar()
+        parts: dict[str, Any] = {"include_code": include_code, "include_handler": handler}
         if dry_run:
-            with prepare_push(folder, include_code=include_code, repo_id=repo_id) as plan:
+            with prepare_push(folder, repo_id=repo_id, **parts) as plan:
                 typer.echo(str(plan))
             return
         options: dict[str, Any] = {"private": private or None, "revision": revision, "message": message}
-        typer.echo(push_folder(folder, repo_id, include_code=include_code, **options).commit_url)
+        typer.echo(push_folder(folder, repo_id, **parts, **options).commit_url)
 
 
 def _read_file(path: Path) -> list[Any]:

@@ -30,6 +30,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ..models.auto import AutoModelForMultiTask
 from ..models.frozen import FrozenBackboneConfig
 from .code import CODE_FOLDER, write_code
+from .handler import write_handler
 from .model_card import write_model_card
 from .push_files import PushFile, PushPlan, check_saved_model, is_local_folder, plan_files
 
@@ -47,6 +48,7 @@ def push_folder(
     revision: str | None = None,
     message: str | None = None,
     include_code: bool = False,
+    include_handler: bool = False,
     token: str | None = None,
 ) -> CommitInfo:
     """Push a saved model to the Hub, with a model card if the folder has none.
@@ -58,6 +60,7 @@ def push_folder(
         revision: A branch, which is made if there is none (default: `main`).
         message: The commit's message.
         include_code: Let the modelling code go along, see [`hf_multitask.hub.code`].
+        include_handler: Let a handler for Inference Endpoints go along, see [`hf_multitask.hub.handler`].
         token: A token with the right to write (default: that of `hf auth login`, or of `HF_TOKEN`).
 
     Returns:
@@ -75,7 +78,8 @@ def push_folder(
     except HFValidationError as error:
         raise ValueError(f"repo_id {repo_id!r} is no name of a repository: {error}") from None
     api = HfApi(token=token)
-    with prepare_push(folder, include_code=include_code, repo_id=repo_id) as plan:
+    options = {"include_code": include_code, "include_handler": include_handler}
+    with prepare_push(folder, repo_id=repo_id, **options) as plan:
         with readable_errors(repo_id, api.endpoint):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not revision.startswith("refs/pr/"):
@@ -107,7 +111,9 @@ def _is_of_model(path: str) -> bool:
 
 
 @contextmanager
-def prepare_push(folder: str | Path, *, include_code: bool = False, repo_id: str | None = None) -> Iterator[PushPlan]:
+def prepare_push(
+    folder: str | Path, *, include_code: bool = False, include_handler: bool = False, repo_id: str | None = None
+) -> Iterator[PushPlan]:
     """Collect what a push sends; the folder itself is not changed.
 
     What is made for the push lies in a temporary folder while the context lasts: a model card if there is none, the
@@ -117,6 +123,7 @@ def prepare_push(folder: str | Path, *, include_code: bool = False, repo_id: str
     Args:
         folder: A folder with a saved model.
         include_code: Let the modelling code go along.
+        include_handler: Let a handler for Inference Endpoints go along; one that the folder has is the one that goes.
         repo_id: Where it will be, for its card.
 
     Raises:
@@ -141,6 +148,10 @@ def prepare_push(folder: str | Path, *, include_code: bool = False, repo_id: str
         if include_code:
             write_code(made)
             replaced |= {file.path for file in plan.files if file.path.startswith(f"{CODE_FOLDER}/")}
+        if include_handler:
+            for file in write_handler(made):
+                if (folder / file.name).is_file():
+                    file.unlink()
         if not (folder / _CARD).is_file():
             place_on_hub = repo_id or folder.resolve().name
             write_model_card(

@@ -361,6 +361,22 @@ def test_training_logs_and_what_is_no_part_of_the_model_stay(crowded):
     assert not card.source.exists() and not (crowded / "README.md").exists()
 
 
+def test_a_handler_goes_along_when_it_is_asked_for_and_one_of_one_s_own_is_kept(crowded):
+    def sent() -> dict[str, str]:
+        with prepare_push(crowded, include_handler=True, repo_id="me/model") as plan:
+            names = ("handler.py", "requirements.txt")
+            return {file.path: file.source.read_text() for file in plan.files if file.path in names}
+
+    (crowded / "handler.py").unlink()
+    written = sent()
+    assert "class EndpointHandler" in written["handler.py"] and written["requirements.txt"].startswith("hf_multitask==")
+    assert not (crowded / "handler.py").exists()
+    (crowded / "handler.py").write_text("# my own")
+    assert sent() == {**written, "handler.py": "# my own"}
+    with prepare_push(crowded, repo_id="me/model") as plan:
+        assert "requirements.txt" not in {file.path for file in plan.files}
+
+
 def test_a_dry_run_lists_and_asks_the_hub_nothing(hub, client, crowded):  # noqa: F811
     asked = len(hub.log)
     code, said = run_cli(client, crowded, "me/dry", "--dry-run", "--include-code")
