@@ -59,6 +59,9 @@ def facts_of_result(results: Mapping[str, Any], name: str) -> CardFacts:
     facts.seconds = finite(results.get("train_seconds"))
     facts.device = results.get("device")
     facts.versions = {str(key): str(value) for key, value in _mapping(results.get("versions")).items()}
+    compared = _mapping(results.get("comparison"))  # results that are published may hold one
+    if compared and set(_mapping(compared.get("tasks"))) <= {task.name for task in facts.tasks}:
+        facts.comparison = dict(compared)
     return facts
 
 

@@ -88,7 +88,8 @@ def recipe_cards(recipes: str | Path) -> dict[str, str]:
             results = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{str(file)!r} is no JSON: {error}") from None
-        cards[file.stem] = make_model_card(facts_of_result(results, file.stem))
+        if "recipe" in results:  # a result of one run; of several there is no model
+            cards[file.stem] = make_model_card(facts_of_result(results, file.stem))
     return cards
 
 
