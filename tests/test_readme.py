@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from hf_multitask.analysis.comparison_result import Comparison
 from hf_multitask.cli.app import app
 from hf_multitask.recipe import load_recipe
 from hf_multitask.running import format_table
@@ -54,6 +55,15 @@ def test_the_table_is_the_recorded_result_of_the_recipe():
     task = {name: values["validation"][values["primary_metric"]] for name, values in results["tasks"].items()}
     assert task["valence"] >= 0.70 and task["topic"] >= 0.93 and task["source"] >= 0.75
     assert results["train_seconds"] <= 360 and results["peak_memory_mib"] <= 3072
+
+
+def test_the_comparison_is_the_recorded_one():
+    results = json.loads((ROOT / "recipes" / "quickstart.json").read_text())
+    found = Comparison.from_dict(results["comparison"])
+    assert f"```\n{found}\n```" in TEXT
+    recorded = load_recipe(ROOT / "recipes" / "quickstart.yaml")
+    assert [task.task for task in found.tasks] == [task["name"] for task in recorded.tasks]
+    assert found.recipe["training"]["max_steps"] == recorded.training["max_steps"] and len(found.seeds) >= 2
 
 
 def test_the_predictions_shown_are_of_the_texts_asked_for():
