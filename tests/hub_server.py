@@ -328,13 +328,17 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
         self.answer(200, {"id": name, "modelId": name, "sha": sha, "private": repo.private, "siblings": siblings})
 
-    def tree(self, body: bytes, query: Any, name: str, revision: str, folder: str | None) -> None:
+    def commit_of(self, name: str, revision: str) -> Any:
+        """Return a repository and the commit that a revision names; two Nones, and a refusal, where there is none."""
         repo = self.repo(name)
-        if repo is None:
-            return
-        sha = repo.resolve(revision)
-        if sha is None:
+        sha = None if repo is None else repo.resolve(revision)
+        if repo is not None and sha is None:
             self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return (None, None) if sha is None else (repo, sha)
+
+    def tree(self, body: bytes, query: Any, name: str, revision: str, folder: str | None) -> None:
+        repo, sha = self.commit_of(name, revision)
+        if repo is None:
             return
         prefix = f"{folder.strip('/')}/" if folder and folder.strip("/") else ""
         entries, folders = [], set()
@@ -351,12 +355,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, entries)
 
     def resolve(self, body: bytes, query: Any, name: str, revision: str, path: str) -> None:
-        repo = self.repo(name)
+        repo, sha = self.commit_of(name, revision)
         if repo is None:
-            return
-        sha = repo.resolve(revision)
-        if sha is None:
-            self.refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
             return
         file = repo.commits[sha].get(path)
         if file is None:
