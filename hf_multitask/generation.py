@@ -14,6 +14,7 @@ otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from .data.seq2seq_rows import answer_ids
 from .data.sources import label_key
 from .models.backbone import usable_positions
 from .models.base import MultiTaskModel
+from .models.target_scores import target_scores
 from .models.task import Task, TaskType, closest
 
 __all__ = ["GenerationEvaluator", "check_generation"]
@@ -92,6 +94,7 @@ class GenerationEvaluator:
         rows_per_batch: Rows that go through the model together.
         process_index: Rank of this process.
         num_processes: Number of processes; all must call the same methods.
+        autocast: Returns a context in which the model computes, for mixed precision.
     """
 
     def __init__(
@@ -103,8 +106,9 @@ class GenerationEvaluator:
         rows_per_batch: int,
         process_index: int = 0,
         num_processes: int = 1,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.model, self.task, self.collate = model, task, collate
+        self.model, self.task, self.collate, self.autocast = model, task, collate, autocast
         self.tokenizer: Any = tokenizer
         self.rows_per_batch = rows_per_batch
         self._rank = process_index, num_processes
@@ -127,15 +131,24 @@ class GenerationEvaluator:
         candidates = self._candidates()
         scores: list[list[float]] = []
         for rows in self._batches(dataset, max(self.rows_per_batch // len(candidates[0]), 1)):
-            pairs = []
+            prompts, answers = [], []
             for row in rows:
                 prompt, _ = self._split(row)
                 spaced = len(candidates) > 1 and self.tokenizer.decode(prompt[-1:])[-1:].isspace()
-                answers = candidates[int(spaced)]
-                prompt = self._leave_room(prompt, max(map(len, answers)))
-                pairs += [self._join(row, prompt, tokens) for tokens in answers]
-            scores += (-self._losses(pairs)).view(len(rows), -1).tolist()
+                answers.append(candidates[int(spaced)])
+                prompts.append(self._leave_room(prompt, max(map(len, answers[-1]))))
+            with self.autocast():
+                found = target_scores(self.model, self.task.name, prompts, answers)
+                if found is None:
+                    found = self._read_again(rows, prompts, answers)
+            scores += found.tolist()
         return self._gather(scores)
+
+    def _read_again(self, rows: Any, prompts: Sequence[list[int]], answers: Sequence[list[list[int]]]) -> Tensor:
+        """Return what `target_scores` returns, for models that read every prompt again for every answer."""
+        parts = zip(rows, prompts, answers, strict=True)
+        pairs = [self._join(row, prompt, tokens) for row, prompt, every in parts for tokens in every]
+        return (-self._losses(pairs)).view(len(rows), -1)
 
     def _candidates(self) -> list[list[list[int]]]:
         """Return the tokens of every label: for each way in which a prompt may end, one list per label."""
@@ -194,7 +207,8 @@ class GenerationEvaluator:
             side = "right" if self._reads_apart else "left"
             padded = self.tokenizer.pad({"input_ids": prompts}, padding_side=side, return_tensors="pt")
             inputs = {key: padded[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
-            found = self.model.generate(**inputs, task=self.task.name, **options)
+            with self.autocast():
+                found = self.model.generate(**inputs, task=self.task.name, **options)
             # What an encoder read does not come back, but the token that every text begins with.
             written += found[:, 1 if self._reads_apart else inputs["input_ids"].shape[1] :].tolist()
         return self._gather(written)

@@ -39,6 +39,7 @@ class TargetEvaluation(Trainer):
             self.args.eval_batch_size,
             self.args.process_index,
             self.args.world_size,
+            self.accelerator.autocast,
         )
 
     def _evaluate_targets(self, source: Source, dataset: Any, options: Mapping[str, Any]) -> dict[str, float]:

@@ -321,6 +321,20 @@ def test_generating_tasks_are_evaluated_by_what_they_write(train, tmp_path, kind
         assert [token for token in one if token != 3] == [token for token in other if token != 3]
 
 
+def test_writing_and_ranking_compute_in_the_precision_of_the_run(train, tmp_path):
+    model, seen = build(("decoder", "hard")), []
+    trainer = train(model, output_dir=str(tmp_path), predict_with_generate=True, max_steps=1, bf16=True)
+    layer = next(module for module in model.modules() if type(module) is torch.nn.Linear)
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    (rows,) = [part for part in trainer.eval_dataset.split() if part.sources[0].name == "reviews:mood"]
+    (mood,) = rows.sources[0].tasks
+    trainer._evaluator(mood).label_scores(rows)
+    assert set(seen) == {torch.bfloat16}
+    seen.clear()
+    trainer.evaluate()
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_batch_size_does_not_change_what_is_written_or_ranked(train, tmp_path):
     model = build(("decoder", "hard"))
     results = []

@@ -29,6 +29,7 @@ __all__ = [
     "cast_parameters",
     "default_pooling",
     "is_causal",
+    "learned_positions",
     "load_backbone",
     "load_quietly",
     "sharding_units",
@@ -141,15 +142,23 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def learned_positions(model: nn.Module) -> tuple[int, int | None]:
+    """Return the position of the first token, and the size of the table of positions; 0 and None without a table."""
+    for name, module in model.named_modules():
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1, module.num_embeddings
+    return 0, None
+
+
 def usable_positions(model: nn.Module) -> int | None:
     """Return the longest input in tokens that a model has positions for, or None without such a limit.
 
     Families after RoBERTa count positions from behind their padding id, so that many of the table's rows are never
     reached.
     """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    first, size = learned_positions(model)
+    if size is not None:
+        return size - first
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
     return positions if positions is not None and positions > 0 else None  # XLNet, which has no limit, says -1
 

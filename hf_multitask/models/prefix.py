@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 
-from .backbone import usable_positions
+from .backbone import learned_positions, usable_positions
 from .frozen import FrozenBackboneConfig, FrozenBackboneModel
 from .prefix_attention import CACHE_FAMILIES, PrefixCache, check_family, prepare_backbone
 
@@ -105,7 +105,7 @@ class PrefixModel(FrozenBackboneModel):
                 f"num_virtual_tokens={config.num_virtual_tokens} leaves no room for input: the backbone has "
                 f"{positions} positions"
             )
-        self._first_position, self._table_size = _learned_positions(self.backbone)
+        self._first_position, self._table_size = learned_positions(self.backbone)
         layout = self.adapter_config()
         self.adapters = nn.ModuleDict({task.name: PrefixEncoder(layout) for task in self.tasks})
         self.post_init()
@@ -267,11 +267,3 @@ def _layout(config: Any) -> tuple[int, int, int]:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, width
-
-
-def _learned_positions(backbone: PreTrainedModel) -> tuple[int, int | None]:
-    """Return the position of the first token, and the size of the table of positions; 0 and None without a table."""
-    for name, module in backbone.named_modules():
-        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1, module.num_embeddings
-    return 0, None

@@ -84,11 +84,21 @@ class SharingScheme(PreTrainedModel, ABC):
         """The backbone's positions that the scheme itself takes, so that inputs cannot have them."""
         return 0
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether [`decode`] can keep what was read before."""
+        return True
+
     def decode(self, input_ids: Tensor | None = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         """Return the backbone's output in the course of writing; `past_key_values` holds what was read before.
 
         Whose rows they are is in `self.rows.value`.
+
+        Raises:
+            ValueError: The scheme keeps nothing of what was read.
         """
+        if not self.keeps_cache:
+            raise ValueError("generate does not go with cross-stitch units, which keep no cache; train without them")
         return self.encode(input_ids, attention_mask=attention_mask, **kwargs)
 
     def input_embeddings_of(self, name: str) -> nn.Module:

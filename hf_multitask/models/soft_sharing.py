@@ -224,11 +224,10 @@ class SoftSharingModel(MultiTaskModel):
         """Return the input embeddings of a task's encoder."""
         return self.encoder(name).get_input_embeddings()
 
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the task's encoder in the course of writing; cross-stitch units, which mix all encoders, are refused."""
-        if self.config.cross_stitch:
-            raise ValueError("generate does not go with cross-stitch units, which keep no cache; train without them")
-        return super().decode(*args, **kwargs)
+    @property
+    def keeps_cache(self) -> bool:
+        """False with cross-stitch units, which mix what all encoders read."""
+        return not self.config.cross_stitch
 
     def _run_heads(self, own_rows: Any, every: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         """Run the heads; each reads its own encoder's outputs."""
