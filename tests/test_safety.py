@@ -254,6 +254,13 @@ HOSTILE = {
     "a billion labels": (change_backbone(num_labels=10**9), "num_labels must lie in 0 ... 100,000"),
     "a function for a type": (change(dtype="load"), "dtype 'load' is no type of floating point numbers"),
     "a type of whole numbers": (change_backbone(dtype="int64"), "dtype 'int64' is no type of floating point"),
+    "a number for a type": (change(dtype=5), "dtype 5 is no type of floating point"),
+    "no code": (change(auto_map=None), "auto_map must say by auto class"),
+    "a switch that is text": (
+        change_backbone(output_hidden_states="/etc/passwd"),
+        "output_hidden_states must be true or false",
+    ),
+    "a chunk of nothing": (change_backbone(chunk_size_feed_forward=None), "chunk_size_feed_forward must be a whole"),
     "a method": (change(to_dict="x"), "'to_dict' is no field of a configuration"),
     "a class": (change(__class__="x"), "'__class__' is no field of a configuration"),
     "a method of the backbone's": (change_backbone(to_dict="x"), "'backbone_config.to_dict' is no field"),

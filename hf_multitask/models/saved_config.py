@@ -40,6 +40,7 @@ _FLOATING = {
     for name, value in vars(torch).items()
     if isinstance(value, torch.dtype) and value.is_floating_point and "float" in name
 }
+_FLAGS = ("output_hidden_states", "output_attentions", "return_dict")
 # Where a configuration says that another file, or other code, is to be used; nothing of the kind is ever saved.
 _ELSEWHERE = ("configuration_files", "custom_generate", "fusion_config", "gguf_file")
 
@@ -89,6 +90,9 @@ def check_config_file(folder: Any, options: Mapping[str, Any], known: Sequence[s
     what = f"{CONFIG_NAME} of {str(folder)!r}"
     values = load_json(file, what)
     check_elsewhere(values)
+    code = values.get("auto_map", {})
+    if not isinstance(code, dict):
+        raise ValueError(f"{what}: auto_map must say by auto class which code is its own, got {shown(code)}")
     found = values.get("model_type")
     # Code of its own, where somebody trusts it, may bring a scheme of its own.
     if known and found not in known and "auto_map" not in values:
@@ -136,8 +140,13 @@ def _check_keys(values: Mapping[str, Any], path: str) -> None:
             continue
         if key.startswith("__") or callable(getattr(PreTrainedConfig, key, None)):
             raise ValueError(f"{CONFIG_NAME}: {shown(place)} is no field of a configuration")
-        if key in ("dtype", "torch_dtype") and isinstance(value, str) and value not in _FLOATING:
+        known = value is None or isinstance(value, torch.dtype) or (isinstance(value, str) and value in _FLOATING)
+        if key in ("dtype", "torch_dtype") and not known:
             raise ValueError(f"{CONFIG_NAME}: {place} {shown(value)} is no type of floating point numbers in torch")
+        if key in _FLAGS and not isinstance(value, (bool, type(None))):
+            raise ValueError(f"{CONFIG_NAME}: {place} must be true or false, got {shown(value)}")
+        if key == "chunk_size_feed_forward" and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{CONFIG_NAME}: {place} must be a whole number, got {shown(value)}")
         if key.lstrip("_").startswith(_IMPLEMENTATIONS):
             named = value.values() if isinstance(value, dict) else [value]
             if any("/" in str(name) or ":" in str(name) for name in named):

@@ -17,7 +17,7 @@ from hub_client import (  # noqa: F401
     logits_of,
     save_model,
 )
-from hub_server import card_errors
+from hub_server import File, card_errors
 
 from hf_multitask import AutoModelForMultiTask, Task
 from hf_multitask.hub.push import prepare_push
@@ -282,6 +282,28 @@ def test_a_connection_that_breaks_publishes_nothing_and_the_next_push_goes_on(hu
     push(client, tmp_path / "model", "me/broken")
     assert len(hub.sent) == sent + len(sizes) and not arrived & set(hub.sent[sent + len(arrived) :])
     assert len(repo.commits) == 2 and load(client, "me/broken") == logits_of(model)
+
+
+def test_what_somebody_else_commits_in_the_meantime_is_not_overwritten(hub, client, tmp_path):  # noqa: F811
+    save_model("hard", tmp_path / "model", seed=12)
+
+    def meanwhile(size: int) -> bool:
+        repo = hub.repos["me/race"]
+        if len(repo.commits) == 1:
+            repo.commit("main", {**repo.files(), "config.json": File(b"{}", False)}, "somebody else's")
+        return False
+
+    hub.break_uploads = meanwhile
+    try:
+        with pytest.raises(ClientError, match="OSError: 'me/race' was changed by somebody else"):
+            push(client, tmp_path / "model", "me/race")
+    finally:
+        hub.break_uploads = None
+    repo = hub.repos["me/race"]
+    assert (
+        repo.messages["main"] == ["initial commit", "somebody else's"]
+    assert repo.files()["config.json"].content == b"{}"
+    )
 
 
 def test_a_connection_that_breaks_at_the_commit_publishes_nothing(hub, client, folders, pushed):  # noqa: F811
