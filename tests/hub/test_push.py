@@ -300,10 +300,8 @@ def test_what_somebody_else_commits_in_the_meantime_is_not_overwritten(hub, clie
     finally:
         hub.break_uploads = None
     repo = hub.repos["me/race"]
-    assert (
-        repo.messages["main"] == ["initial commit", "somebody else's"]
+    assert repo.messages["main"] == ["initial commit", "somebody else's"]
     assert repo.files()["config.json"].content == b"{}"
-    )
 
 
 def test_a_connection_that_breaks_at_the_commit_publishes_nothing(hub, client, folders, pushed):  # noqa: F811
