@@ -135,19 +135,16 @@ def prepare_push(
     plan = plan_files(folder)
     with tempfile.TemporaryDirectory() as place:
         made = Path(place)
-        replaced: set[str] = set()
         if isinstance(config, FrozenBackboneConfig) and not config.backbone_saved:
             if is_local_folder(config.backbone_name):
                 model = AutoModelForMultiTask.from_pretrained(str(folder))
                 model.config.backbone_name = None
                 model.save_pretrained(made, save_backbone=True)
-                replaced = {file.path for file in plan.files if _is_of_model(file.path)}
         if not (made / CONFIG_NAME).is_file():
             shutil.copyfile(folder / CONFIG_NAME, made / CONFIG_NAME)
         _forget_folder(made / CONFIG_NAME)
         if include_code:
             write_code(made)
-            replaced |= {file.path for file in plan.files if file.path.startswith(f"{CODE_FOLDER}/")}
         if include_handler:
             for file in write_handler(made):
                 if (folder / file.name).is_file():
@@ -161,7 +158,9 @@ def prepare_push(
                 location=place_on_hub,
                 has_code=include_code or (folder / CODE_FOLDER).is_dir(),
             )
-        files = {file.path: file for file in plan.files if file.path not in replaced}
+        files = {file.path: file for file in plan.files}
+        if include_code:  # modules of another version stay
+            files = {path: file for path, file in files.items() if not path.startswith(f"{CODE_FOLDER}/")}
         for path in sorted(path for path in made.rglob("*") if path.is_file()):
             own = path.relative_to(made).as_posix()
             files[own] = PushFile(own, path, path.stat().st_size)

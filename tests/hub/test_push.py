@@ -338,6 +338,7 @@ def crowded(tmp_path):
         *("runs/events.out.tfevents.1", "train.log", "trainer_state.json", "training_args.bin", "optimizer.pt"),
         *("pytorch_model.bin", ".env", ".git/config", "__pycache__/x.py", "baseline/config.json", "rows.csv", "id_rsa"),
         *("results.json", "chat_template.jinja", "handler.py", "onnx/model.onnx"),
+        *("model-00001-of-00002.safetensors", "model.safetensors.index.json"),  # of an older, larger model
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
@@ -395,6 +396,16 @@ def test_a_handler_goes_along_when_it_is_asked_for_and_one_of_one_s_own_is_kept(
     assert sent() == {**written, "handler.py": "# my own"}
     with prepare_push(crowded, repo_id="me/model") as plan:
         assert "requirements.txt" not in {file.path for file in plan.files}
+
+
+def test_modules_of_another_version_stay(crowded):
+    (crowded / "hf_multitask_models").mkdir()
+    (crowded / "hf_multitask_models" / "old.py").write_text("import nothing")
+    for include_code, goes in ((True, False), (False, True)):
+        with prepare_push(crowded, include_code=include_code, repo_id="me/model") as plan:
+            sent = {file.path for file in plan.files}
+        assert ("hf_multitask_models/old.py" in sent) is goes
+        assert ("hf_multitask_models/hard_sharing.py" in sent) is include_code
 
 
 def test_a_dry_run_lists_and_asks_the_hub_nothing(hub, client, crowded):  # noqa: F811
