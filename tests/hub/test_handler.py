@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
@@ -13,6 +14,7 @@ from conftest import make_tokenizer
 from test_schemes import KINDS, make_model
 
 from hf_multitask.hub.handler import write_handler
+from hf_multitask.hub.pipeline import MultiTaskPipeline
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.prediction import Predictor
 
@@ -73,7 +75,19 @@ def test_parameters_are_those_of_the_pipeline(call, folder):
     assert call({"inputs": [long, "good"], "parameters": parameters}) == expected
 
 
-def test_threads_take_turns(call):
+def test_threads_take_turns(call, monkeypatch):
+    answer, inside = MultiTaskPipeline.__call__, []
+
+    def alone(self, *args, **options):
+        inside.append(1)
+        time.sleep(0.01)
+        assert len(inside) == 1
+        try:
+            return answer(self, *args, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(MultiTaskPipeline, "__call__", alone)
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda text: call({"inputs": text}), TEXTS * 4))
     assert results == [call({"inputs": text}) for text in TEXTS] * 4

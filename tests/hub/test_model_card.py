@@ -442,3 +442,13 @@ def test_code_is_written_for_models_of_this_library_alone(tmp_path):
     BACKBONES["bert"]().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type 'bert'; code is written for 'hf_multitask_hard_sharing'"):
         write_code(tmp_path)
+
+
+def test_code_that_is_written_again_leaves_no_module_of_another_version(tmp_path):
+    dict(served_models())["classifiers"].save_pretrained(tmp_path)
+    written = write_code(tmp_path)
+    (tmp_path / "hf_multitask_models" / "old.py").write_text("import nothing")
+    assert write_code(tmp_path) == written
+    assert sorted(written) == sorted(
+        f"hf_multitask_models/{p.name}" for p in (tmp_path / "hf_multitask_models").iterdir()
+    )

@@ -337,6 +337,7 @@ def crowded(tmp_path):
         *("checkpoint-4/model.safetensors", "checkpoint-4/optimizer.pt", "last-checkpoint/config.json"),
         *("runs/events.out.tfevents.1", "train.log", "trainer_state.json", "training_args.bin", "optimizer.pt"),
         *("pytorch_model.bin", ".env", ".git/config", "__pycache__/x.py", "baseline/config.json", "rows.csv", "id_rsa"),
+        *("weights.pt", "model.pkl", "head.joblib"),
         *("results.json", "chat_template.jinja", "handler.py", "onnx/model.onnx"),
         *("model-00001-of-00002.safetensors", "model.safetensors.index.json"),  # of an older, larger model
     ):
@@ -359,7 +360,7 @@ STAYS = {
     "trainer_state.json": "state of the training",
     "training_args.bin": "state of the training",
     "optimizer.pt": "state of the training",
-    "pytorch_model.bin": "could run code",
+    **dict.fromkeys(("pytorch_model.bin", "weights.pt", "model.pkl", "head.joblib"), "could run code"),
     ".env": "hidden",
     ".git/": "hidden",
     "__pycache__/": "hidden",
