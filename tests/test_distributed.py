@@ -176,10 +176,7 @@ SCHEME_RUNS = {
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        kind if kind in ("soft", "mixture, combined") else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in SCHEME_RUNS
-    ],
+    [kind if kind == "mixture, combined" else pytest.param(kind, marks=pytest.mark.slow) for kind in SCHEME_RUNS],
 )
 @pytest.mark.sample(9)
 def test_every_scheme_on_two_processes_equals_one(tmp_path, alone, kind):

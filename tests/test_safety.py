@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_layout import MODULES, parse
 from transformers.utils import logging
 
-from hf_multitask import AutoModelForMultiTask, Task
+from hf_multitask import AutoModelForMultiTask, Task, archives
 from hf_multitask.archives import ArchiveError, check_sha256, read_tar, read_zip
 from hf_multitask.checkpointing import incompleteness
 from hf_multitask.models import saved_config
@@ -685,6 +685,13 @@ def test_a_tar_bomb_and_a_broken_tar_are_refused():
         with pytest.raises(ArchiveError, match="cannot be read|is not in the archive"):
             read_tar(io.BytesIO(content), ["ok", "more"])
     assert time.process_time() - begin < 5
+
+
+def test_what_an_archive_says_of_a_length_is_not_believed():
+    taken = []
+    with pytest.raises(ArchiveError, match="'much' holds more than the 10 bytes that it may"):
+        archives._pour(io.BytesIO(b"x" * 11), "much", 10, taken.append)
+    assert taken == []
 
 
 def test_an_archive_is_known_by_its_hash(tmp_path):
