@@ -56,9 +56,11 @@ def target_scores(
     ids, mask = _pad(prompts, device, left=True)
     answers, asked = _pad([one for row in targets for one in row], device, left=False)
     first, _ = learned_positions(model)
-    numbered = "position_ids" in inspect.signature(native.forward).parameters
+    takes = inspect.signature(native.forward).parameters
+    numbered = "position_ids" in takes
     places = {"position_ids": first + (mask.cumsum(1) - 1).clamp(min=0)} if numbered else {}
-    read = native(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **places)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    read = native(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places, **last)
     if cache.get_seq_length() != ids.shape[1] + model.reserved_positions:
         return None
     logits = read.logits[:, -1:].repeat_interleave(count, 0)
