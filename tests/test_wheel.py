@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,17 +53,25 @@ def test_the_examples_run(place, page):
         run(place, "python", "-c", code)
 
 
-def test_the_quickstart_trains_and_predicts(place):
-    short = [
-        "--set",
-        "training.max_steps=2",
-        "--set",
-        "training.eval_strategy=no",
-        "--set",
-        "training.max_eval_samples=8",
-    ]
-    table = run(place, "hf-multitask", "train", "recipes/quickstart.yaml", *short)
-    assert re.search(r"^entities +\d+ ", table, flags=re.M)
-    answer = run(place, "hf-multitask", "predict", "runs/quickstart", "--text", "What a wonderful film!")
-    assert '"valence": ' in answer
-    assert "model.safetensors" in run(place, "hf-multitask", "push", "runs/quickstart", "me/my-model", "--dry-run")
+SHORT = ("training.max_steps=2", "training.eval_strategy=no", "training.max_eval_samples=8")
+
+
+def test_the_commands_run(place):
+    """All of README's, in their order, with two steps of training."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-multitask ")]
+    said = {}
+    for command in commands:
+        short = [part for value in SHORT for part in ("--set", value)] if command[0] in ("train", "compare") else []
+        said[command[0]] = run(place, "hf-multitask", *command, *short)
+    assert set(said) == {"train", "predict", "preflight", "compare", "report"}
+    assert re.search(r"^entities +\d+ ", said["train"], flags=re.M)
+    assert [*json.loads(said["predict"].splitlines()[0])] == ["text", "valence", "source", "topic", "entities"]
+    assert "deploy" in said["compare"] and (place / "report.html").stat().st_size > 10_000
+    for command, part in (
+        (("push", "runs/quickstart", "me/my-model", "--dry-run"), "model.safetensors"),
+        (("push", "runs/quickstart", "me/my-model", "--dry-run", "--include-code", "--handler"), "handler.py"),
+    ):
+        assert part in run(place, "hf-multitask", *command)
