@@ -251,6 +251,10 @@ HOSTILE = {
     "an endless size": (change_backbone(hidden_size=10**12), "no .*Model can be built|shape"),
     "an endless vocabulary": (change_backbone(vocab_size=10**12), "shape"),
     "a billion layers": (change_backbone(num_hidden_layers=10**9), "num_hidden_layers must lie in 0 ... 1,000"),
+    "more layers than there are weights": (
+        change_backbone(num_hidden_layers=90),
+        "describes a model of .* do not belong|has the shape|is of another kind",
+    ),
     "a billion labels": (change_backbone(num_labels=10**9), "num_labels must lie in 0 ... 100,000"),
     "a function for a type": (change(dtype="load"), "dtype 'load' is no type of floating point numbers"),
     "a type of whole numbers": (change_backbone(dtype="int64"), "dtype 'int64' is no type of floating point"),
