@@ -26,7 +26,7 @@ def place(tmp_path_factory) -> Path:
     run(place, "python", "-m", "build", "--outdir", str(place / "dist"), str(ROOT))
     assert len(list((place / "dist").glob("*.tar.gz"))) == 1
     (wheel,) = (place / "dist").glob("*.whl")
-    run(place, "pip", "install", "-q", f"{wheel}[quickstart]")
+    run(place, "pip", "install", "-q", f"{wheel}[quickstart,plots]")
     return place
 
 
