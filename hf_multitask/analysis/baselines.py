@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from ..data.dataset import first_rows
 from ..data.row_hashes import columns_of_task, rows_hash
 from ..gap_sampling import single_task_scores
 from ..models.auto import SCHEMES
@@ -264,6 +265,8 @@ def _rows_of(task: Task, parts: RecipeParts) -> Iterator[tuple[str, str]]:
     for split in ("train", "validation"):
         dataset = parts.datasets[split].get(task.dataset)
         if dataset is not None:
+            if split == "validation":
+                dataset = first_rows(dataset, parts.args.max_eval_samples)
             yield split, rows_hash(dataset, columns_of_task(task, dataset))
 
 

@@ -101,6 +101,19 @@ def count_trainings(monkeypatch):
     return names
 
 
+def test_the_rows_that_are_judged_are_those_of_the_trained_run(tmp_path):
+    """Of both the same hash is written down, so that a report may set one beside the other."""
+    path = write_recipe(tmp_path, max_eval_samples=10)
+    run_recipe(path)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    whole = make_planner(path, ["training.max_eval_samples=null"])
+    planner = make_planner(path)
+    for task in TASKS:
+        assert planner.rows[task]["validation"] == found[task]["rows_sha256"]["validation"]
+        assert planner.rows[task]["validation"] != whole.rows[task]["validation"]
+        assert planner.rows[task]["train"] == whole.rows[task]["train"]
+
+
 # What is trained
 
 
