@@ -262,9 +262,12 @@ HOSTILE = {
     "no code": (change(auto_map=None), "auto_map must say by auto class"),
     "a switch that is text": (
         change_backbone(output_hidden_states="/etc/passwd"),
-        "output_hidden_states must be true or false",
+        "output_hidden_states '/etc/passwd' is neither true nor false",
     ),
-    "a chunk of nothing": (change_backbone(chunk_size_feed_forward=None), "chunk_size_feed_forward must be a whole"),
+    "a chunk of nothing": (
+        change_backbone(chunk_size_feed_forward=None),
+        "chunk_size_feed_forward None is no whole number",
+    ),
     "a method": (change(to_dict="x"), "'to_dict' is no field of a configuration"),
     "a class": (change(__class__="x"), "'__class__' is no field of a configuration"),
     "a method of the backbone's": (change_backbone(to_dict="x"), "'backbone_config.to_dict' is no field"),

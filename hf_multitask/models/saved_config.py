@@ -40,7 +40,21 @@ _FLOATING = {
     for name, value in vars(torch).items()
     if isinstance(value, torch.dtype) and value.is_floating_point and "float" in name
 }
-_FLAGS = ("output_hidden_states", "output_attentions", "return_dict")
+# By name of a field, at any depth: what its value must be, and what is said of another one.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"),
+        (
+            lambda value: value is None or isinstance(value, torch.dtype) or str(value) in _FLOATING,
+            "is no type of floating point numbers in torch",
+        ),
+    ),
+    **dict.fromkeys(
+        ("output_hidden_states", "output_attentions", "return_dict"),
+        (lambda value: isinstance(value, (bool, type(None))), "is neither true nor false"),
+    ),
+    "chunk_size_feed_forward": (lambda value: type(value) is int, "is no whole number"),
+}
 # Where a configuration says that another file, or other code, is to be used; nothing of the kind is ever saved.
 _ELSEWHERE = ("configuration_files", "custom_generate", "fusion_config", "gguf_file")
 
@@ -140,13 +154,9 @@ def _check_keys(values: Mapping[str, Any], path: str) -> None:
             continue
         if key.startswith("__") or callable(getattr(PreTrainedConfig, key, None)):
             raise ValueError(f"{CONFIG_NAME}: {shown(place)} is no field of a configuration")
-        known = value is None or isinstance(value, torch.dtype) or (isinstance(value, str) and value in _FLOATING)
-        if key in ("dtype", "torch_dtype") and not known:
-            raise ValueError(f"{CONFIG_NAME}: {place} {shown(value)} is no type of floating point numbers in torch")
-        if key in _FLAGS and not isinstance(value, (bool, type(None))):
-            raise ValueError(f"{CONFIG_NAME}: {place} must be true or false, got {shown(value)}")
-        if key == "chunk_size_feed_forward" and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{CONFIG_NAME}: {place} must be a whole number, got {shown(value)}")
+        fits, wrong = _FIELDS.get(key, (None, ""))
+        if fits is not None and not fits(value):
+            raise ValueError(f"{CONFIG_NAME}: {place} {shown(value)} {wrong}")
         if key.lstrip("_").startswith(_IMPLEMENTATIONS):
             named = value.values() if isinstance(value, dict) else [value]
             if any("/" in str(name) or ":" in str(name) for name in named):
