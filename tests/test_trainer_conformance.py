@@ -1,7 +1,7 @@
 """Transformers' own tests of its trainer have the same results with our classes in place of `Trainer`.
 
-Neither the wheel nor the source archive of Transformers contains `tests/trainer`. Check out the repository at the tag of
-the installed version and name its folder `tests` in the environment variable `TRANSFORMERS_TESTS`:
+Neither the wheel nor the source archive of Transformers contains `tests/trainer`. Check out the repository at the tag
+of the installed version and name its folder `tests` in the environment variable `TRANSFORMERS_TESTS`:
 
     TRANSFORMERS_TESTS=transformers/tests python -m pytest -m slow tests/test_trainer_conformance.py
 """
