@@ -17,7 +17,7 @@ from .sources import Source, label_key
 
 __all__ = ["RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
 
-_VERSION = 4  # part of the cache key: raise it when the prepared form changes
+_VERSION = 5  # part of the cache key: raise it when the prepared form changes
 
 
 class RowEncoder:
@@ -235,10 +235,8 @@ class TokenizedRows(RowEncoder):
         return next((c for c in candidates if c in columns), task.label_column)
 
     def _make_encoder(self, task: Task, column: str, columns: Features) -> LabelEncoder:
-        encoder = super()._make_encoder(task, column, columns)
-        if task.type is TaskType.TOKEN_CLASSIFICATION:
-            encoder._ids[IGNORE_INDEX] = IGNORE_INDEX
-        return encoder
+        ignored = (IGNORE_INDEX,) if task.type is TaskType.TOKEN_CLASSIFICATION else ()
+        return LabelEncoder(task, column, columns, encoded=column == label_key(task.name), ignored=ignored)
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         """Return the columns of prepared rows, for a batch of rows and their numbers (consecutive ones)."""
