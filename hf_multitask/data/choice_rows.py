@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .labels import LabelError
 from .row_encoding import RowEncoder, tokenizer_key
+from .shared_tokenizer import tokenize
 from .sources import Source, label_key
 
 __all__ = ["LENGTHS", "ChoiceRows"]
@@ -100,7 +101,8 @@ class ChoiceRows(RowEncoder):
         ends = list(accumulate(counts))
         starts = [end - count for end, count in zip(ends, counts, strict=True)]
         self._check_room(pairs, starts, indices)
-        encoded = self.tokenizer(
+        encoded = tokenize(
+            self.tokenizer,
             texts,
             pairs,
             truncation="only_first",
@@ -141,7 +143,7 @@ class ChoiceRows(RowEncoder):
 
     def _check_room(self, pairs: list[str], starts: list[int], rows: list[int]) -> None:
         """Raise a `ValueError` where a choice alone fills a whole input."""
-        ids = self.tokenizer(pairs, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = tokenize(self.tokenizer, pairs, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for number, tokens in enumerate(ids):
             if len(tokens) + self.added >= self.max_length:
                 place = max(i for i, start in enumerate(starts) if start <= number)

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models.task import Task, TaskType
 from .labels import LabelError, label_ids
 from .row_encoding import RowEncoder, tokenizer_key
+from .shared_tokenizer import apply_chat_template, tokenize
 from .sources import Source, label_key
 
 __all__ = ["ANSWER", "MOST_CUT", "PromptRows", "target_tokens"]
@@ -237,7 +238,7 @@ class PromptRows(RowEncoder):
     # ---- from texts to tokens ----
 
     def _tokens(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, return_attention_mask=False)["input_ids"]
+        ids = tokenize(self.tokenizer, text, return_attention_mask=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
         return ids + [eos] if eos is not None and (not ids or ids[-1] != eos) else ids
 
@@ -254,7 +255,7 @@ class PromptRows(RowEncoder):
             if excess <= 0 or self.messages:
                 break
             column = max(self.task.text_columns, key=lambda name: len(self._cell(values, name)))
-            tokens = self.tokenizer(self._cell(values, column), add_special_tokens=False)["input_ids"]
+            tokens = tokenize(self.tokenizer, self._cell(values, column), add_special_tokens=False)["input_ids"]
             if len(tokens) <= excess:
                 break
             shorter = self.tokenizer.decode(tokens[: len(tokens) - excess], skip_special_tokens=True)
@@ -317,10 +318,10 @@ def _is_chat(feature: Any) -> bool:
 def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     """Return the tokens of a prompt, a text or messages, as generation begins with them."""
     if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_attention_mask=False)["input_ids"]
+        ids = tokenize(tokenizer, prompt, return_attention_mask=False)["input_ids"]
         # Tokenizers that end every text with a token must not end this one.
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    return apply_chat_template(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
 
 
 def target_ids(task: str, tokenizer: Any, prompt: Any, target: str) -> list[int]:
@@ -331,10 +332,10 @@ def target_ids(task: str, tokenizer: Any, prompt: Any, target: str) -> list[int]
     """
     if isinstance(prompt, str):
         joined = target if prompt[-1:].isspace() or not prompt else f" {target}"
-        ids = tokenizer(joined, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = tokenize(tokenizer, joined, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [*ids, tokenizer.eos_token_id]
     before = prompt_ids(tokenizer, prompt)
-    whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": target}], return_dict=False)
+    whole = apply_chat_template(tokenizer, [*prompt, {"role": "assistant", "content": target}], return_dict=False)
     if whole[: len(before)] != before:
         raise ValueError(
             f"task {task!r}: the tokenizer's chat template writes the messages before an answer in another way when "

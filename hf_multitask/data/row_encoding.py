@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models.heads import IGNORE_INDEX
 from ..models.task import Task, TaskType
 from .labels import LabelEncoder, label_feature
+from .shared_tokenizer import tokenize
 from .sources import Source, label_key
 
 __all__ = ["RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
@@ -166,7 +167,8 @@ class TextRows(RowEncoder):
             for row, value in zip(indices, values, strict=True):
                 if value is None or (self.words and None in value):
                     raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
-        encoded = self.tokenizer(
+        encoded = tokenize(
+            self.tokenizer,
             *texts,
             truncation=True,
             max_length=self.max_length,
