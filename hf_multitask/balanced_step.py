@@ -97,13 +97,15 @@ class MultiTaskBalancing(Trainer):
         window, balancer = num_items_in_batch, self.balancer
         if balancer.combines:
             self._scales = passing_scales(self.accelerator.unwrap_model(model), balancer.coefficients)
+        factors = balancer.factors(window, self.state.global_step) if self._decided is None else self._decided
         outputs = model(
             **{
                 **inputs,
-                "num_items": {task: window.items[task] for task in inputs["labels"]},
+                "num_items": {task: window.items.get(task, 0) for task in inputs["labels"]},
                 "num_tokens": window.tokens,
             },
-            loss_weights=balancer.factors(window, self.state.global_step) if self._decided is None else self._decided,
+            # Rows of a task without a labelled item in the window run along and count 0.
+            loss_weights=dict.fromkeys(inputs["labels"], 0.0) | factors,
             gradient_scales=self._scales if balancer.combines else None,
             penalty_scale=0.0,  # it is added once, at the end of the step
             single_pass=self.accelerator.distributed_type in _SHARDED,
@@ -117,7 +119,7 @@ class MultiTaskBalancing(Trainer):
             # This is the whole window, or the gradients of tasks would be wanted: the weights are of these losses.
             total = self._add_up_losses({task: value.detach() for task, value in losses.items()}, window)
             factors = balancer.weigh(window, total, self.state.global_step, int(self.state.epoch or 0))
-            loss = loss * 0.0 + sum(factors[task] * value for task, value in losses.items())
+            loss = loss * 0.0 + sum(factors.get(task, 0.0) * value for task, value in losses.items())
             added = outputs.get("regularization")
             loss = loss if added is None else loss + added
         if self.args.world_size > 1:
@@ -215,7 +217,7 @@ class MultiTaskBalancing(Trainer):
                 labels={name: inputs["labels"][name] for name in names},
                 label_positions=self._positions_of(names, inputs, segment),
                 packed=inputs.get("packed", False),
-                num_items={name: window.items[name] for name in names},
+                num_items={name: window.items.get(name, 0) for name in names},
                 num_tokens=window.tokens,
                 penalty_scale=0.0,
             )
@@ -245,6 +247,8 @@ class MultiTaskBalancing(Trainer):
 
     def _add_up_losses(self, losses: Mapping[str, Tensor], window: Window) -> dict[str, float]:
         """Return the mean loss of each task of a window over all processes; a collective call."""
+        if not window.rows:
+            return {}
         zero = torch.zeros((), device=self.args.device)
         total = torch.stack([losses.get(name, zero).float() for name in window.rows]).double()
         if self.args.world_size > 1:

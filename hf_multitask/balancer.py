@@ -191,6 +191,9 @@ class TaskBalancer:
             scale: What the losses were multiplied with before the backward pass (a loss scaler's number).
         """
         tasks = self.indices(window)
+        if not tasks:
+            gradients.clear()
+            return {}
         gradients.reduce(tasks)
         wants_gramian = self.weighting.needs_gradient_norms or self.combines or self.logs_conflicts(step)
         gramian = gradients.gramian(tasks) / scale**2 if wants_gramian else torch.eye(len(tasks), dtype=torch.float64)
