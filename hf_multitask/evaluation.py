@@ -18,7 +18,7 @@ from .best_metric import average_metric
 from .data.dataset import MultiTaskDataset
 from .data.sources import Source, label_key
 from .data.span_answers import predict_answers
-from .metrics import default_metric_names, metric_function, primary_metric
+from .metrics import default_metric_names, greater_is_better, metric_function, primary_direction, primary_metric
 from .models.choice_head import ChoiceHead
 from .models.heads import IGNORE_INDEX
 from .models.span_head import SpanHead
@@ -124,7 +124,12 @@ def check_compute_metrics(compute_metrics: Any, tasks: Sequence[Task]) -> dict[s
         metric_function(by_name[name], custom)
     keys: dict[str, str] = {}
     for task in tasks:
-        primary_metric(task, custom=task.name in compute_metrics)
+        metric = primary_metric(task, custom=task.name in compute_metrics)
+        if task.name not in compute_metrics and primary_direction(task, metric) != greater_is_better(metric):
+            raise ValueError(
+                f"task {task.name!r}: greater_is_better={task.greater_is_better} contradicts the metric {metric!r}, "
+                f"which is better when {'smaller' if task.greater_is_better else 'larger'}; leave it out"
+            )
         for metric in (*default_metric_names(task), "loss"):
             other = keys.setdefault(f"{task.name}_{metric}", task.name)
             if other != task.name:

@@ -31,7 +31,7 @@ from .data.dataset import MultiTaskDataset
 from .data.sampling import mixing_probabilities
 from .data.schedule import ShareChanges
 from .data.sources import Source
-from .metrics import greater_is_better, primary_metric
+from .metrics import primary_direction, primary_metric
 from .models.task import Task, closest
 from .training_args import MultiTaskTrainingArguments
 
@@ -146,6 +146,7 @@ class GapSampling:
             )
         self.scores = single_task_scores(self._kwargs, tasks, custom)
         self._metrics: dict[str, str] = {}
+        self._larger: dict[str, bool] = {}
         for task in tasks:
             if task.name not in self.scores:
                 continue
@@ -157,6 +158,7 @@ class GapSampling:
                     "score is of, Task(metric=...)"
                 )
             self._metrics[task.name] = primary_metric(task, task.name in custom)
+            self._larger[task.name] = primary_direction(task, self._metrics[task.name])
         self._readers = {s.name: [t.name for t in s.tasks if t.name in self.scores] for s in sources}
         # What the loader draws ahead: one batch, and what workers are given to do.
         batches = 1 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
@@ -183,7 +185,7 @@ class GapSampling:
             value = metrics.get(key, math.nan)
             if not math.isfinite(value):
                 raise ValueError(f"task_sampling {_NAME!r}: {key} is {metrics.get(key, 'missing')} in an evaluation")
-            behind = score - value if greater_is_better(self._metrics[task]) else value - score
+            behind = score - value if self._larger[task] else value - score
             gaps[task] = max(behind, 0.0) / (abs(score) if self._kwargs.get("relative", True) else 1.0)
         return gaps
 

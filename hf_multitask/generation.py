@@ -32,7 +32,10 @@ from .models.base import MultiTaskModel
 from .models.target_scores import target_scores
 from .models.task import Task, TaskType, closest
 
-__all__ = ["GenerationEvaluator", "check_generation"]
+__all__ = ["WRITTEN_METRICS", "GenerationEvaluator", "check_generation"]
+
+WRITTEN_METRICS = ("exact_match", "rouge_l")
+"""Metrics of generated text, of tasks that generate."""
 
 _NEW_TOKENS = 64  # where neither the task nor its targets say how many
 
@@ -49,7 +52,7 @@ def check_generation(tasks: Sequence[Task], with_generate: bool) -> None:
     if with_generate and not able:
         raise ValueError("predict_with_generate does not go with these tasks: none of them generates text")
     for task in able:
-        if task.metric in ("exact_match", "rouge_l") and not with_generate:
+        if task.metric in WRITTEN_METRICS and not with_generate:
             raise ValueError(f"task {task.name!r}: metric {task.metric!r} needs predict_with_generate=True")
         if (wrong := _wrong_argument(task.generation or {})) is not None:
             raise ValueError(f"task {task.name!r}: {wrong}")

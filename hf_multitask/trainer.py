@@ -6,7 +6,9 @@ them, weighs losses over whole optimizer steps, and logs and evaluates each task
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from operator import itemgetter
 from typing import Any, ClassVar, cast
 
@@ -14,12 +16,12 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
 from .balancing.scaled_passes import undo_scales
-from .best_metric import settle_best_metric
+from .best_metric import set_best_metric
 from .checkpointing import MultiTaskCheckpoints
 from .data.collator import DataCollatorForMultiTask
 from .data.dataset import MultiTaskDataset, as_mapping, first_rows, prepare_sources
@@ -62,6 +64,9 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
       `eval_average`, the mean of the primary metrics of the tasks that are not auxiliary.
     - `predict` returns one `PredictionOutput` per task.
 
+    Arguments are those of the trainer it stands in front of, in that trainer's order. With a multi-task model these
+    differ:
+
     Args:
         model: A [`MultiTaskModel`], or any model `Trainer` takes.
         args: [`MultiTaskTrainingArguments`] (with a plain model, `TrainingArguments` do).
@@ -69,10 +74,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         train_dataset: See above.
         eval_dataset: See above; may leave out tasks, save the primary one.
         processing_class: See above.
-        model_init: As in `Trainer`.
         compute_loss_func: For plain models only.
         compute_metrics: See above.
-        **kwargs: Further arguments of `Trainer`.
 
     Raises:
         ValueError: Something does not fit; everything is checked before training begins.
@@ -81,90 +84,84 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
 
     default_args_class: ClassVar[type[MultiTaskTrainingArguments]] = MultiTaskTrainingArguments
 
-    def __init__(
-        self,
-        model: Any = None,
-        args: TrainingArguments | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Any = None,
-        compute_loss_func: Any = None,
-        compute_metrics: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        probe = model
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = _bind(super().__init__, args, kwargs)
+        model: Any = given.get("model")
+        model_init = given.get("model_init")
         if model is None and model_init is not None:
-            probe = model_init(*[None] * number_of_arguments(model_init))
-        self.tasks: list[Task] = probe.tasks if isinstance(probe, MultiTaskModel) else []
+            model = model_init(*[None] * number_of_arguments(model_init))
+        self.tasks: list[Task] = model.tasks if isinstance(model, MultiTaskModel) else []
         if self.tasks:
-            if args is None:
-                args = self.default_args_class(output_dir="tmp_trainer")
-            if not isinstance(args, self.default_args_class):
-                wanted = self.default_args_class.__name__
-                raise TypeError(f"args must be {wanted} for a multi-task model, got {type(args).__name__}")
-            args = settle_args(args, compute_loss_func, kwargs.get("optimizers", (None, None))[0])
-            check_tokenizer(processing_class, probe)
-            self._sources = make_sources(self.tasks, probe.shares_rows)
-            self._preparing = {
-                "tokenizer": processing_class,
-                "max_length": longest_input(processing_class, probe, args.max_length),
-                "num_proc": args.dataset_num_proc,
-                "seed": args.data_seed if args.data_seed is not None else args.seed,
-            }
-            self._most_rows = args.max_eval_samples
-            for task in self.tasks:
-                longest_input(processing_class, probe, task.max_length, f"task {task.name!r}: ")
-            self._metrics: dict[str, Any] = check_compute_metrics(compute_metrics, self.tasks)
-            check_generation(self.tasks, args.predict_with_generate)
-            check_packing(probe, args.packing)
-            check_held_out(probe)
-            settle_best_metric(args, self.tasks, self._metrics, eval_dataset)
-            with args.main_process_first(desc="preparing datasets"):
-                if train_dataset is not None:
-                    train_dataset = self._prepare_training_data(train_dataset, args)
-                    self._check_sampling(train_dataset, args)
-                if eval_dataset is not None:
-                    eval_dataset = self.prepare_datasets(eval_dataset, "eval_dataset", "eval", complete=False)
-            data_collator = data_collator or DataCollatorForMultiTask(
-                processing_class,
-                self.tasks,
-                seed=self._preparing["seed"],
-                packing=args.packing,
-                packing_length=args.packing_length,
-            )
-            compute_metrics = None
-            # What `compute_loss` returns is divided by the items of the whole window already.
-            self.loss_is_scaled_for_ga = True
-            self.progress = TaskProgress([task.name for task in self.tasks])
-            self.guard = LossGuard()
-            self.share_changes = ShareChanges()
-            self._begin_sampling(args, train_dataset, eval_dataset)
-            self._begin_balancing(args)
-        elif isinstance(train_dataset, Mapping):
+            given |= self._prepare_arguments(model, given)
+        elif isinstance(given.get("train_dataset"), Mapping):
             raise ValueError(
-                f"train_dataset is a dictionary of datasets, but {type(probe).__name__} is no multi-task model; "
+                f"train_dataset is a dictionary of datasets, but {type(model).__name__} is no multi-task model; "
                 "make one, for example with HardSharingModel.from_backbone(...)"
             )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            **kwargs,
-        )
+        own_collator = None if _accepts(super().__init__, "data_collator") else given.pop("data_collator", None)
+        super().__init__(**given)
+        if own_collator is not None:
+            self.data_collator = own_collator
         if self.tasks:
             self._check_balancing()
         if self.tasks and self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.transformer_cls_names_to_wrap is None:
                 plugin.transformer_cls_names_to_wrap = sharding_units(cast(PreTrainedModel, self.model))
+
+    def _prepare_arguments(self, model: MultiTaskModel, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Check what the trainer was given for a multi-task model, and return what takes the place of it.
+
+        Args:
+            model: The model, or one that `model_init` made.
+            given: The arguments by name.
+        """
+        tokenizer: Any = given.get("processing_class")
+        train, evaluation = given.get("train_dataset"), given.get("eval_dataset")
+        args = given.get("args") or self.default_args_class(output_dir="tmp_trainer")
+        if not isinstance(args, self.default_args_class):
+            wanted = self.default_args_class.__name__
+            raise TypeError(f"args must be {wanted} for a multi-task model, got {type(args).__name__}")
+        args = settle_args(args, given.get("compute_loss_func"), (given.get("optimizers") or (None, None))[0])
+        check_tokenizer(tokenizer, model)
+        self._sources = make_sources(self.tasks, model.shares_rows)
+        self._preparing = {
+            "tokenizer": tokenizer,
+            "max_length": longest_input(tokenizer, model, args.max_length),
+            "num_proc": args.dataset_num_proc,
+            "seed": args.data_seed if args.data_seed is not None else args.seed,
+        }
+        self._most_rows = args.max_eval_samples
+        for task in self.tasks:
+            longest_input(tokenizer, model, task.max_length, f"task {task.name!r}: ")
+        self._metrics: dict[str, Any] = check_compute_metrics(given.get("compute_metrics"), self.tasks)
+        check_generation(self.tasks, args.predict_with_generate)
+        check_packing(model, args.packing)
+        check_held_out(model)
+        set_best_metric(args, self.tasks, self._metrics, evaluation, given.get("callbacks"))
+        with args.main_process_first(desc="preparing datasets"):
+            if train is not None:
+                train = self._prepare_training_data(train, args)
+                self._check_sampling(train, args)
+            if evaluation is not None:
+                evaluation = self.prepare_datasets(evaluation, "eval_dataset", "eval", complete=False)
+        collator = given.get("data_collator") or DataCollatorForMultiTask(
+            tokenizer,
+            self.tasks,
+            seed=self._preparing["seed"],
+            packing=args.packing,
+            packing_length=args.packing_length,
+        )
+        # What `compute_loss` returns is divided by the items of the whole window already.
+        self.loss_is_scaled_for_ga = True
+        self.progress = TaskProgress([task.name for task in self.tasks])
+        self.guard = LossGuard()
+        self.share_changes = ShareChanges()
+        self._begin_sampling(args, train, evaluation)
+        self._begin_balancing(args)
+        # An argument that was not given is not passed on, save those that are made here.
+        replaced = {"train_dataset": train, "eval_dataset": evaluation, "compute_metrics": None}
+        return {"args": args, "data_collator": collator, **{k: v for k, v in replaced.items() if k in given}}
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; compiling is done here, for the backbone alone.
@@ -180,15 +177,14 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Compile the backbone, if it was asked for, and go on as `Trainer` does."""
+        if self.tasks and self.args.metric_for_best_model is None:
+            # Callbacks that were added after construction may ask for a metric that nothing asked for before.
+            set_best_metric(self.args, self.tasks, self._metrics, self.eval_dataset, self.callback_handler.callbacks)
         if self.tasks:
             self.balancer.begin(self.state.max_steps)
         if self.tasks and self._compile_options is not None:
             self.accelerator.unwrap_model(self.model).compile_backbone(**self._compile_options)
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.tasks:
-            parameters = self.accelerator.unwrap_model(self.model).parameters()
-            self._prepared = [parameter for parameter in parameters if parameter.requires_grad]
-        return prepared
+        return super()._prepare_for_training(*args, **kwargs)
 
     def hyperparameter_search(
         self,
@@ -203,12 +199,14 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
 
         The sum of all metrics, `Trainer`'s own default, says nothing for several tasks. The direction then is the
         metric's.
+
+        Raises:
+            ValueError: Evaluations lack that metric, or whether a larger value is better is not known.
         """
         if self.tasks and compute_objective is None:
-            metric = str(self.args.metric_for_best_model)
-            if metric == "loss":
-                raise ValueError("hyperparameter_search needs compute_objective, or a primary_task: no metric decides")
-            compute_objective = itemgetter(metric)
+            asked = "hyperparameter_search without compute_objective"
+            set_best_metric(self.args, self.tasks, self._metrics, self.eval_dataset, asked=asked)
+            compute_objective = itemgetter(str(self.args.metric_for_best_model))
             direction = "maximize" if self.args.greater_is_better else "minimize"
         return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, *args, **kwargs)
 
@@ -275,15 +273,11 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         """Run forward and backward; heads whose task the window lacks, or weighs 0, end up without a gradient."""
         if not self.tasks:
             return super().training_step(model, inputs, num_items_in_batch)
-        unwrapped: Any = self.accelerator.unwrap_model(model)
-        if self._at_window_start:
-            self._look_up_trained(unwrapped)
-        self._at_window_start = self.accelerator.sync_gradients
-        by_task = self.balancer.needs_task_gradients(self.state.global_step, bool(self._shared))
+        by_task = self.balancer.needs_task_gradients(self.state.global_step)
         if by_task:
             loss = self._backward_by_task(model, inputs, num_items_in_batch)
         else:
-            loss = self._run_plain(model, inputs, num_items_in_batch, self.accelerator.sync_gradients)
+            loss = super().training_step(model, inputs, num_items_in_batch)
             # What is not finite is the guard's matter; in the running mean of the loss it would stay for good.
             loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
         if not self.accelerator.sync_gradients:
@@ -293,6 +287,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self._stop_or_skip(model, bad)
         elif by_task:
             loss = self._combine(model, num_items_in_batch)
+        unwrapped: Any = self.accelerator.unwrap_model(model)
         unwrapped.finish_window()
         undo_scales(unwrapped, self._scales)
         self._scales = {}
@@ -346,11 +341,54 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
 class MultiTaskTrainer(MultiTaskTrainerMixin, Trainer):
     """`transformers.Trainer` for one model and many tasks; see [`MultiTaskTrainerMixin`] for what it adds.
 
-    With a plain model and a plain dataset it is `Trainer`, bit for bit.
+    With a plain model and a plain dataset it is `Trainer`, bit for bit. Its arguments are those of `Trainer`, in that
+    order.
     """
+
+    @wraps(Trainer.__init__, assigned=())  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 class MultiTaskSeq2SeqTrainer(MultiTaskTrainerMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` for one model and many tasks, with [`MultiTaskSeq2SeqTrainingArguments`]."""
+    """`transformers.Seq2SeqTrainer` for one model and many tasks, with [`MultiTaskSeq2SeqTrainingArguments`].
+
+    Its arguments are those of `Seq2SeqTrainer`, in that order.
+    """
 
     default_args_class = MultiTaskSeq2SeqTrainingArguments
+
+    @wraps(Seq2SeqTrainer.__init__, assigned=())  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def _bind(init: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a trainer's `__init__` by name, only those that were given.
+
+    Where it takes `*args`, these have the names of `Trainer`'s own arguments at their places.
+
+    Raises:
+        TypeError: They do not fit its signature.
+    """
+    signature = inspect.signature(init)
+    given: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            names = list(inspect.signature(Trainer.__init__).parameters)[1 + len(given) :]
+            if len(value) > len(names):
+                raise TypeError(f"{len(args)} positional arguments were given, Trainer takes {len(names) + len(given)}")
+            value = dict(zip(names, value, strict=False))
+        elif kind is not inspect.Parameter.VAR_KEYWORD:
+            value = {name: value}
+        if twice := set(given) & set(value):
+            raise TypeError(f"got multiple values for argument {sorted(twice)[0]!r}")
+        given |= value
+    return given
+
+
+def _accepts(init: Callable[..., Any], name: str) -> bool:
+    """Return whether a trainer's `__init__` takes an argument by name."""
+    parameters = inspect.signature(init).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

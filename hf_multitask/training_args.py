@@ -61,7 +61,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
     - `loss_reduction`: `rows` weighs each task's mean loss with its share of the rows of an optimizer step, so that
       each row counts alike and sampling decides the shares; `tasks` gives each task that is present the same share.
     - `primary_task`: the task whose primary metric picks the best checkpoint and stops training. It sets
-      `metric_for_best_model`. Without it the mean over the tasks, `eval_average`, does.
+      `metric_for_best_model`. Without it the mean over the tasks, `eval_average`, does; its metrics must then all be
+      better when larger, or all when smaller. `greater_is_better`, where it is given, decides in any case; else the
+      direction is the metric's own (`Task(greater_is_better=...)`, or what its name says).
 
     How tasks are balanced (what the methods are: [`hf_multitask.balancing.weighting`] and
     [`hf_multitask.balancing.combination`]):
@@ -172,7 +174,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
         """Check the choices."""
         # Whether the metric was chosen; TrainingArguments fills in "loss", which several tasks do not have.
         self._metric_was_given = self.metric_for_best_model not in (None, "loss")
-        self._direction_was_given = self.greater_is_better is not None
+        # "loss" and its direction are what TrainingArguments fills in; they come back in a copy of arguments.
+        filled_in = self.metric_for_best_model == "loss" and self.greater_is_better is False
+        self._direction_was_given = self.greater_is_better is not None and not filled_in
         super().__post_init__()
         for name, allowed in (
             ("batch_composition", _COMPOSITIONS),

@@ -170,8 +170,7 @@ def make_trainer(tmp_path, tokenizer, datasets):
             args=MultiTaskTrainingArguments(**{**defaults, **arguments}),
             train_dataset=datasets if train is None else train,
             eval_dataset=evaluation,
-            processing_class=tokenizer,
-            **(trainer_kwargs or {}),
+            **{"processing_class": tokenizer, **(trainer_kwargs or {})},
         )
 
     return make

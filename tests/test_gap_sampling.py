@@ -253,7 +253,7 @@ def test_a_file_that_is_no_comparison_is_named(run, tmp_path, content, message):
 
 def test_a_metric_that_is_nan_stops_the_run(run, bert):
     tasks = make_tasks()
-    tasks[0] = Task(**{**tasks[0].to_dict(), "metric": "mine"})
+    tasks[0] = Task(**{**tasks[0].to_dict(), "metric": "mine", "greater_is_better": True})
     with pytest.raises(ValueError, match="eval_tone_mine is nan in an evaluation"):
         run(
             model=HardSharingModel.from_backbone(bert, tasks),

@@ -239,8 +239,8 @@ def test_an_auxiliary_task_is_evaluated_but_counts_in_no_average(make_trainer, b
 
 
 def test_primary_task_picks_the_best_checkpoint_and_stops(make_trainer, model, datasets):
-    scores = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2])
-    tasks = [task if task.name != "tone" else Task(**{**task.to_dict(), "metric": "score"}) for task in make_tasks()]
+    scores, score = iter([0.1, 0.9, 0.5, 0.4, 0.3, 0.2]), {"metric": "score", "greater_is_better": True}
+    tasks = [task if task.name != "tone" else Task(**{**task.to_dict(), **score}) for task in make_tasks()]
     trainer = make_trainer(
         HardSharingModel.from_backbone(model.backbone, tasks),
         evaluation=datasets,

@@ -86,7 +86,8 @@ def scripted(build, datasets):
     """A model whose task `tone` gets its scores from a list, and the arguments that evaluate it after every step."""
 
     def make(scores):
-        tasks = [Task(**{**t.to_dict(), "metric": "score"}) if t.name == "tone" else t for t in make_tasks()]
+        score = {"metric": "score", "greater_is_better": True}
+        tasks = [Task(**{**t.to_dict(), **score}) if t.name == "tone" else t for t in make_tasks()]
         remaining = iter(scores)
         arguments = dict(
             evaluation=datasets,

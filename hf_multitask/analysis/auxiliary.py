@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from transformers.utils import logging
 
-from ..metrics import greater_is_better, primary_metric
+from ..metrics import primary_direction, primary_metric
 from ..models.task import Task, closest
 from ..recipe import Recipe, RecipeParts, build, load_recipe, parse_overrides
 from ..running import train_recipe
@@ -212,9 +212,9 @@ def _check_validation(
     if primary is None and len(own) == 1:
         primary = own[0].name
     if primary is not None:
-        return primary, greater_is_better(primary_metric(tasks[primary]))
+        return primary, primary_direction(tasks[primary], primary_metric(tasks[primary]))
     metrics = {task.name: primary_metric(task) for task in own}
-    directions = {greater_is_better(name) for name in metrics.values()}
+    directions = {primary_direction(task, metrics[task.name]) for task in own}
     if len(directions) > 1:
         raise ValueError(
             f"the average of {metrics} says nothing, some are better when larger and others when smaller; choose a "

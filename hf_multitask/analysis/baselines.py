@@ -244,7 +244,7 @@ class Planner:
         described = [task.to_dict() for task in tasks]
         metrics = {values["name"]: values["metric"] for values in described}
         if not _needs_evaluations(settled):
-            described = [{**values, "metric": None} for values in described]
+            described = [{**values, "metric": None, "greater_is_better": None} for values in described]
         content = {
             **self._common,
             "model": {key: value for key, value in model.items() if key != "backbone"},

@@ -20,7 +20,8 @@ import numpy as np
 
 from ..data.sampling import MIXING, mixing_probabilities
 from ..evaluation import check_compute_metrics
-from ..metrics import primary_metric
+from ..generation import WRITTEN_METRICS
+from ..metrics import primary_direction, primary_metric
 from ..models.task import Task, TaskType, closest
 from ..recipe import Recipe, RecipeParts, build, load_recipe
 from .baselines import Planner, Run
@@ -33,7 +34,6 @@ __all__ = ["compare"]
 
 _RESULT = "comparison.json"
 _COST = "cost.json"
-_WRITTEN = ("exact_match", "rouge_l")
 
 
 def compare(
@@ -175,7 +175,9 @@ def _check_recipe(parts: RecipeParts, custom: Mapping[str, Any]) -> list[Task]:
         )
     for task in tasks:
         metric = primary_metric(task, custom=True)
-        if task.type.generates and metric in _WRITTEN:
+        # Which metric a function of one's own returns first is known once there are runs, too late to ask.
+        primary_direction(task, None if task.name in custom and task.metric is None else metric)
+        if task.type.generates and metric in WRITTEN_METRICS:
             raise ValueError(
                 f"task {task.name!r}: {metric} comes from texts that a model writes, which runs of a comparison do not "
                 "keep; set metric: accuracy, perplexity or loss"

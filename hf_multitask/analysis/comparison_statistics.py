@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import greater_is_better, metric_function
+from ..metrics import metric_function, primary_direction
 from ..models.task import Task
 from .baselines import Budget
 from .bootstrap import Estimate, estimate, relative_changes, resample
@@ -115,7 +115,7 @@ class RunStatistics:
                     **vars(self._difference(number, "multi", "single")),
                     task=task.name,
                     metric=self._metrics[task.name],
-                    greater_is_better=greater_is_better(self._metrics[task.name]),
+                    greater_is_better=self._direction(task),
                     multi=float(multi.mean()),
                     single=float(single.mean()),
                     multi_by_seed=self._by_seed(multi),
@@ -134,7 +134,7 @@ class RunStatistics:
 
     def delta_m(self, kind: str = "multi") -> dict[str, Any]:
         """Return Δm of some runs against the baselines, with its interval."""
-        directions = [greater_is_better(self._metrics[task.name]) for task in self.tasks]
+        directions = [self._direction(task) for task in self.tasks]
         base = self._values["single"]
         changes = relative_changes(self._values[kind], base, directions).mean(0)
         if not np.isfinite(changes).all():
@@ -147,7 +147,7 @@ class RunStatistics:
         return {"value": found.value, "interval": [found.low, found.high]}
 
     def _difference(self, task: int, first: str, second: str) -> Difference:
-        sign = 1.0 if greater_is_better(self._metrics[self.tasks[task].name]) else -1.0
+        sign = 1.0 if self._direction(self.tasks[task]) else -1.0
         values = sign * (self._values[first][task] - self._values[second][task])
         draws = sign * (self._draws[first][task] - self._draws[second][task])
         found: Estimate = estimate(values, draws, self._confidence)
@@ -159,6 +159,9 @@ class RunStatistics:
             seed_spread=found.seed_spread,
             margin=self._margin * abs(float(self._values["single"][task].mean())),
         )
+
+    def _direction(self, task: Task) -> bool:
+        return primary_direction(task, self._metrics[task.name])
 
     def _by_seed(self, values: np.ndarray) -> dict[str, float]:
         return {str(seed): float(value) for seed, value in zip(self.seeds, values, strict=True)}

@@ -187,7 +187,8 @@ class MixtureOfExpertsModel(MultiTaskModel):
         """Return the routers' losses over the passes since the last call; see the module's text."""
         layers = [layer for _, layer in self.expert_layers()]
         passes = [layer.passes for layer in layers]
-        _forget_passes(self)
+        for layer in layers:
+            layer.passes = []
         if not self.training or not passes[0]:
             return None
         config = self.config
@@ -269,8 +270,8 @@ class MixtureOfExpertsModel(MultiTaskModel):
         return torch.cat([linear.weight for linear in linears]).expand_as(stacked)
 
 
-def _forget_passes(model: nn.Module, *args: Any) -> None:
-    """Forget the passes of layers in training, also of a forward pass that an error ended; others have none."""
+def _forget_passes(model: nn.Module, args: Any) -> None:
+    """Let go of what a forward pass left behind that was broken off, as by an error."""
     for module in model.modules():
-        if isinstance(module, ExpertLayer) and module.passes:
+        if isinstance(module, ExpertLayer):
             module.passes = []

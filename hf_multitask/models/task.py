@@ -60,11 +60,9 @@ class Task:
         name: Letters, digits, `_` and `-`, at most 64 characters. It becomes a module name, a metric name and a
             file name.
         type: A [`TaskType`] or its name.
-        labels: The names of the labels, in the order of their ids; whole numbers are written out. In a column, names
-            and whole numbers from 0 (ids) stand for them; where all labels are numbers, as ratings from 1 to 5 are,
-            whole numbers are names, too. Required for all types of classification; for `regression` the names of
-            several target values (default: one nameless value). For `causal_lm` and `seq2seq_lm` the targets that
-            there are, if they are a closed set: evaluation then picks the likeliest.
+        labels: The names of the labels, in the order of their ids. Required for all types of classification; for
+            `regression` the names of several target values (default: one nameless value). For `causal_lm` and
+            `seq2seq_lm` the targets that there are, if they are a closed set: evaluation then picks the likeliest.
         dataset: The name of the dataset that feeds the task (default: the task's name). Tasks that name the same
             dataset and the same text columns are trained on the same rows with one pass of the encoder.
         text_columns: One column, or two for pairs of texts (default: `text`, or `tokens` for
@@ -108,6 +106,9 @@ class Task:
             (default: `choices`).
         metric: The task's primary metric, one of those that are computed for it (default: by type, see
             [`hf_multitask.metrics`]).
+        greater_is_better: Whether a larger value of `metric` is better (default: as its name says, see
+            [`hf_multitask.metrics`]). Required for a metric of your own whose name does not say, once something picks,
+            stops or compares by it.
         weight_schedule: How the weight changes over training, a name or a dictionary with `type` and arguments, such as
             `linear` or `{"type": "off", "after": 0.5}` (default: not at all; see
             [`hf_multitask.models.weight_schedule`]). Rows of the task come as before.
@@ -145,6 +146,7 @@ class Task:
     max_answer_length: int = 30
     choice_columns: tuple[str, ...] | None = None
     weight_schedule: str | dict[str, Any] | None = dataclasses.field(default=None, hash=False)
+    greater_is_better: bool | None = None
 
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on the type and check every field."""
@@ -221,6 +223,8 @@ class Task:
             raise self._fail(f"weight must be a finite number of at least 0, got {shown(weight)}")
         if self.metric is not None and not is_text(self.metric):
             raise self._fail(f"metric must be the name of a metric, got {shown(self.metric)}")
+        if self.greater_is_better is not None and not isinstance(self.greater_is_better, bool):
+            raise self._fail(f"greater_is_better must be true or false, got {shown(self.greater_is_better)}")
         self._set("weight_schedule", settle_schedule(self.weight_schedule, f"task {self.name!r}: "))
         if self.pooling not in (None, *_POOLINGS):
             raise self._fail(f"pooling {shown(self.pooling)} is not one of {', '.join(_POOLINGS)}")

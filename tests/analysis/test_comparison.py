@@ -392,11 +392,17 @@ def test_metrics_of_ones_own_are_compared(first, tmp_path, count_trainings):
         return {"mine": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean()) * 100}
 
     options = dict(seeds=[0], resamples=100, output=tmp_path / "compared")
+    with pytest.raises(ValueError, match="task 'tone'.*Task.metric=.*greater_is_better"):
+        compare(first[0] / "job.yaml", compute_metrics={"tone": mine}, **options)
+    options["settings"] = ["tasks.tone.greater_is_better=true"]
     task = compare(first[0] / "job.yaml", compute_metrics={"tone": mine}, **options).tasks[0]
     assert task.metric == "mine" and task.multi > 1 and task.interval[0] <= task.difference <= task.interval[1]
     trained = len(count_trainings)
     other = {"tone": lambda prediction: {"half": mine(prediction)["mine"] / 2}}
     again = compare(first[0] / "job.yaml", compute_metrics=other, **options).tasks[0]
+    down = {**options, "settings": ["tasks.tone.greater_is_better=false"]}
+    turned = compare(first[0] / "job.yaml", compute_metrics=other, **down).tasks[0]
+    assert turned.difference == -again.difference and not turned.greater_is_better
     assert again.metric == "half" and again.multi == task.multi / 2 and len(count_trainings) == trained > 0
     nan = {"tone": lambda prediction: {"half": float("nan")}}
     with pytest.raises(ValueError, match="compute_metrics gives half nan for multi-seed-0"):
