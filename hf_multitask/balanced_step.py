@@ -16,6 +16,7 @@ from .balancing.gramian import TaskGradients
 from .balancing.scaled_passes import passing_scales
 from .balancing.sketch import TaskSketches
 from .guard import LossGuard
+from .models.limits import shown
 from .models.passes import Segment, cut_rows, places_in_pass
 from .models.scheme import SharingScheme
 from .models.task import Task
@@ -48,6 +49,10 @@ class MultiTaskBalancing(Trainer):
         self._window_losses: dict[str, Tensor] = {}
         self._added: dict[nn.Parameter, Tensor] = {}
         self._scales: dict[str, float] = {}  # of the passes of this window that all tasks took together
+        self._at_window_start = True
+        self._prepared: list[nn.Parameter] = []  # trained when the run began; what DDP adds up over processes
+        self._trained: list[nn.Parameter] = []  # by the current window
+        self._shared: list[nn.Parameter] = []  # of these, the shared ones
 
     def _check_balancing(self) -> None:
         """Raise where a backend cannot do what the arguments ask for; set what FSDP needs.
@@ -88,6 +93,60 @@ class MultiTaskBalancing(Trainer):
             # Gradients are there only after they were reduced: in every micro-batch.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
+    # ---- what a step trains ----
+
+    def _look_up_trained(self, model: Any) -> None:
+        """Look up which parameters are trained, at the start of a window: callbacks may freeze and unfreeze them.
+
+        Raises:
+            ValueError: A parameter was unfrozen that the optimizer does not hold, or the parameters are sharded: then
+                what is trained cannot change.
+        """
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if _same(trained, self._trained):
+            return
+        before = {id(parameter) for parameter in (self._trained or self._prepared)}
+        changed = before ^ {id(parameter) for parameter in trained}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in changed]
+        if changed and self.accelerator.distributed_type in _SHARDED:
+            raise ValueError(
+                f"{shown(names)} were frozen or unfrozen in step {self.state.global_step}, but with FSDP and DeepSpeed "
+                "the trained parameters are fixed when training begins; freeze them before the trainer is made, or "
+                "use DDP"
+            )
+        optimizer: Any = self.optimizer
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        new = {id(parameter) for parameter in trained} - before - held
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in new]
+        if names:
+            raise ValueError(
+                f"{shown(names)} were unfrozen in step {self.state.global_step}, but the optimizer does not hold them, "
+                "because they were frozen when it was made; leave them trainable until then, and freeze them in the "
+                "callback's on_train_begin"
+            )
+        self._trained, self._shared = trained, list(model.shared_parameters())
+        self._gradients = None
+        if not self._shared:
+            self.balancer.cosines = None  # there is nothing to compare from now on
+
+    def _run_plain(self, model: nn.Module, inputs: dict[str, Any], window: Any, last: bool) -> Tensor:
+        """Run forward and backward of all tasks together, as `Trainer` does.
+
+        DDP adds up the gradients of the parameters that were trained when it was made. Where others are trained now,
+        it is left out, and gradients are added up here, after the last micro-batch of a window.
+        """
+        kinds = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+        if self.accelerator.distributed_type not in kinds or _same(self._trained, self._prepared):
+            return super().training_step(model, inputs, window)
+        loss = super().training_step(self.accelerator.unwrap_model(model), inputs, window)
+        if last:
+            here = {parameter: parameter.grad for parameter in self._trained if parameter.grad is not None}
+            for parameter, grad in self._add_up(here, self._trained).items():
+                parameter.grad = grad / self.args.world_size  # as DDP takes the mean
+        return loss
+
+    # ---- the loss ----
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -97,13 +156,15 @@ class MultiTaskBalancing(Trainer):
         window, balancer = num_items_in_batch, self.balancer
         if balancer.combines:
             self._scales = passing_scales(self.accelerator.unwrap_model(model), balancer.coefficients)
+        factors = balancer.factors(window, self.state.global_step) if self._decided is None else self._decided
         outputs = model(
             **{
                 **inputs,
-                "num_items": {task: window.items[task] for task in inputs["labels"]},
+                "num_items": {task: window.items.get(task, 0) for task in inputs["labels"]},
                 "num_tokens": window.tokens,
             },
-            loss_weights=balancer.factors(window, self.state.global_step) if self._decided is None else self._decided,
+            # Rows of a task without a labelled item in the window run along and count 0.
+            loss_weights=dict.fromkeys(inputs["labels"], 0.0) | factors,
             gradient_scales=self._scales if balancer.combines else None,
             penalty_scale=0.0,  # it is added once, at the end of the step
             single_pass=self.accelerator.distributed_type in _SHARDED,
@@ -113,11 +174,12 @@ class MultiTaskBalancing(Trainer):
         if self._decided is None:
             self.progress.add_losses(losses)
             self.guard.add(outputs["row_losses"])
-        if not balancer.is_static and self._decided is None:
+        frozen = balancer.weighting.needs_gradient_norms and not self._shared  # no norms: the weights stay as they are
+        if not balancer.is_static and self._decided is None and not frozen:
             # This is the whole window, or the gradients of tasks would be wanted: the weights are of these losses.
             total = self._add_up_losses({task: value.detach() for task, value in losses.items()}, window)
             factors = balancer.weigh(window, total, self.state.global_step, int(self.state.epoch or 0))
-            loss = loss * 0.0 + sum(factors[task] * value for task, value in losses.items())
+            loss = loss * 0.0 + sum(factors.get(task, 0.0) * value for task, value in losses.items())
             added = outputs.get("regularization")
             loss = loss if added is None else loss + added
         if self.args.world_size > 1:
@@ -139,12 +201,12 @@ class MultiTaskBalancing(Trainer):
         # Gradients are added up over processes here, once per window; DDP must not do it in every backward pass.
         inner: Any = self.accelerator.unwrap_model(model)
         if self._gradients is None:
-            kind = TaskSketches if self.balancer.sketches else TaskGradients
             world, rank = self.args.world_size, self.args.process_index
+            kind: type[TaskSketches] | type[TaskGradients] = TaskSketches
             options: dict[str, Any] = {}
-            if not self.balancer.sketches:
-                options = {"tables": self._tables(inner), "device": self.args.device}
-            self._gradients = kind(inner.shared_parameters(), len(self.tasks), world, rank, sharded, **options)
+            if not self.balancer.sketches or not self._shared:
+                kind, options = TaskGradients, {"tables": self._tables(inner), "device": self.args.device}
+            self._gradients = kind(self._shared, len(self.tasks), world, rank, sharded, **options)
         numbers = {task.name: number for number, task in enumerate(self.tasks)}
         embeddings = inner.get_input_embeddings() if self._tables(inner) and not self.balancer.sketches else None
         with _sparse(embeddings):
@@ -162,7 +224,7 @@ class MultiTaskBalancing(Trainer):
             return []
         if embeddings.max_norm is not None or embeddings.scale_grad_by_freq:
             return []
-        return [parameter for parameter in model.shared_parameters() if parameter is embeddings.weight]
+        return [parameter for parameter in self._shared if parameter is embeddings.weight]
 
     def _run_tasks(
         self, inner: Any, inputs: dict[str, Any], window: Window, numbers: Mapping[str, int], sharded: bool
@@ -215,7 +277,7 @@ class MultiTaskBalancing(Trainer):
                 labels={name: inputs["labels"][name] for name in names},
                 label_positions=self._positions_of(names, inputs, segment),
                 packed=inputs.get("packed", False),
-                num_items={name: window.items[name] for name in names},
+                num_items={name: window.items.get(name, 0) for name in names},
                 num_tokens=window.tokens,
                 penalty_scale=0.0,
             )
@@ -245,6 +307,8 @@ class MultiTaskBalancing(Trainer):
 
     def _add_up_losses(self, losses: Mapping[str, Tensor], window: Window) -> dict[str, float]:
         """Return the mean loss of each task of a window over all processes; a collective call."""
+        if not window.rows:
+            return {}
         zero = torch.zeros((), device=self.args.device)
         total = torch.stack([losses.get(name, zero).float() for name in window.rows]).double()
         if self.args.world_size > 1:
@@ -287,22 +351,25 @@ class MultiTaskBalancing(Trainer):
         """Add the gradient of what the scheme adds to the loss; a collective call."""
         adds = type(model).pass_losses is not SharingScheme.pass_losses
         if adds and self.args.world_size > 1 and self.accelerator.distributed_type != DistributedType.FSDP:
-            self._add_up_added([parameter for parameter in model.parameters() if parameter.requires_grad])
+            self._added = self._add_up(self._added, self._trained)
         for parameter, grad in self._added.items():
             parameter.grad = grad if parameter.grad is None else parameter.grad + grad
         self._added = {}
 
-    def _add_up_added(self, parameters: list[nn.Parameter]) -> None:
-        """Add up what the scheme adds over processes; each may have another part of it."""
-        here = torch.tensor([float(p in self._added) for p in parameters], device=self.args.device)
+    def _add_up(
+        self, gradients: Mapping[nn.Parameter, Tensor], parameters: list[nn.Parameter]
+    ) -> dict[nn.Parameter, Tensor]:
+        """Return gradients added up over processes, each of which may have some of them; a collective call."""
+        here = torch.tensor([float(p in gradients) for p in parameters], device=self.args.device)
         torch.distributed.all_reduce(here)
         found = [p for p, count in zip(parameters, here.tolist(), strict=True) if count]
         if not found:
-            return
-        flat = torch.cat([self._added.get(p, torch.zeros_like(p)).reshape(-1).float() for p in found])
+            return {}
+        zeros = {p: torch.zeros_like(p) for p in found if p not in gradients}
+        flat = torch.cat([(gradients[p] if p in gradients else zeros[p]).reshape(-1).float() for p in found])
         torch.distributed.all_reduce(flat)
         parts = flat.split([p.numel() for p in found])
-        self._added = {p: part.view_as(p).to(p.dtype) for p, part in zip(found, parts, strict=True)}
+        return {p: part.view_as(p).to(p.dtype) for p, part in zip(found, parts, strict=True)}
 
     def _second_pass(self, model: nn.Module, factors: dict[str, float], window: Any) -> None:
         """Run a window again as a whole, with the weights and coefficients that were decided from its sketches."""
@@ -312,7 +379,7 @@ class MultiTaskBalancing(Trainer):
             for number, inputs in enumerate(batches):
                 last = number + 1 == len(batches)
                 with nullcontext() if last else self.accelerator.no_sync(model):
-                    super().training_step(model, inputs, window)
+                    self._run_plain(model, inputs, window, last)
         finally:
             self._decided = None
 
@@ -332,6 +399,10 @@ class MultiTaskBalancing(Trainer):
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def _same(some: list[nn.Parameter], others: list[nn.Parameter]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 @contextmanager

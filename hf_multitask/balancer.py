@@ -99,14 +99,17 @@ class TaskBalancer:
         """Return whether the cosines of a step are wanted for the log."""
         return bool(self._log_every) and (step + 1) % self._log_every == 0
 
-    def needs_task_gradients(self, step: int) -> bool:
-        """Return whether a step needs the gradient of each task by itself."""
-        return (
-            self.decides(step)
-            or self.weighting.needs_gradient_norms
-            or (not self.is_static and self._accumulates)
-            or self.logs_conflicts(step)
-        )
+    def needs_task_gradients(self, step: int, shared: bool = True) -> bool:
+        """Return whether a step needs the gradient of each task by itself.
+
+        Args:
+            step: Number of the optimizer step.
+            shared: Whether any shared parameter is trained in it; otherwise there is nothing to combine or compare.
+        """
+        if not self.is_static and self._accumulates and not self.weighting.needs_gradient_norms:
+            return True
+        wants = self.decides(step) or self.weighting.needs_gradient_norms or self.logs_conflicts(step)
+        return wants and shared
 
     def decides(self, step: int) -> bool:
         """Return whether a step takes coefficients of its own, rather than those of an earlier step."""
@@ -191,6 +194,9 @@ class TaskBalancer:
             scale: What the losses were multiplied with before the backward pass (a loss scaler's number).
         """
         tasks = self.indices(window)
+        if not tasks:
+            gradients.clear()
+            return {}
         gradients.reduce(tasks)
         wants_gramian = self.weighting.needs_gradient_norms or self.combines or self.logs_conflicts(step)
         gramian = gradients.gramian(tasks) / scale**2 if wants_gramian else torch.eye(len(tasks), dtype=torch.float64)

@@ -5,7 +5,8 @@
 | `single_label_classification` | `accuracy`, `macro_f1`, `matthews_correlation`; `f1` (of label 1) for two labels |
 | `multi_label_classification` | `micro_f1`, `macro_f1`, `accuracy` (all labels of a row right) |
 | `regression` | `pearson`, `spearman`, `mse` (means over the values, where there are several) |
-| `token_classification` | `f1`, `precision`, `recall` of whole entities (seqeval), `accuracy` of tokens |
+| `token_classification` | `f1`, `precision`, `recall` of whole entities (seqeval), `accuracy` of words; \
+`accuracy` and `macro_f1` of words where the labels mark no entities (see [`hf_multitask.models.tags`]) |
 | `question_answering` | `f1` of words and `exact_match`, per question (see [`hf_multitask.answer_metrics`]) |
 | `multiple_choice` | `accuracy` |
 | `masked_lm` | `accuracy` of hidden tokens, `perplexity` |
@@ -29,6 +30,7 @@ import numpy as np
 
 from .answer_metrics import answer_metrics
 from .models.heads import IGNORE_INDEX
+from .models.tags import marks_entities, standard_tags
 from .models.task import Task, TaskType, closest
 
 __all__ = [
@@ -51,6 +53,7 @@ _NAMES: dict[TaskType, tuple[str, ...]] = {
     TaskType.CAUSAL_LM: ("accuracy", "perplexity", "exact_match", "rouge_l"),
     TaskType.SEQ2SEQ_LM: ("accuracy", "perplexity", "exact_match", "rouge_l"),
 }
+_WORD_LABELS = ("accuracy", "macro_f1")  # of `token_classification` without entities
 # Words that name a quantity of which more, or less, is better.
 _GREATER = frozenset(
     "accuracy acc f1 fscore precision recall sensitivity specificity pearson pearsonr spearman spearmanr kendalltau "
@@ -76,6 +79,8 @@ def default_metric_names(task: Task) -> tuple[str, ...]:
     """Return the names of the metrics computed for a task by default."""
     if task.type.generates and task.labels:
         return ("label_accuracy", *_NAMES[task.type])
+    if task.type is TaskType.TOKEN_CLASSIFICATION and not marks_entities(task.labels or ()):
+        return _WORD_LABELS
     binary = task.type is TaskType.SINGLE_LABEL_CLASSIFICATION and task.num_outputs == 2
     return (*_NAMES[task.type], "f1") if binary else _NAMES[task.type]
 
@@ -94,8 +99,9 @@ def primary_metric(task: Task, custom: bool = False) -> str:
     if task.metric is None:
         return names[0]
     if task.metric != "loss" and task.metric not in names and not custom:
+        without = " whose labels are not BIO tags" if names is _WORD_LABELS else ""
         raise ValueError(
-            f"task {task.name!r}: metric {task.metric!r} is not computed for {task.type}"
+            f"task {task.name!r}: metric {task.metric!r} is not computed for {task.type}{without}"
             f"{closest(task.metric, names)}; choose from {', '.join(names)}, or pass compute_metrics"
         )
     return task.metric
@@ -254,19 +260,26 @@ def label_sequences(task: Task, ids: np.ndarray, labels: np.ndarray) -> list[lis
 
 
 def _token_labels(task: Task, predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    length = min(predicted.shape[1], labels.shape[1])
+    known = labels[:, :length] != IGNORE_INDEX
+    guessed, true = predicted[:, :length][known], labels[:, :length][known]
+    accuracy = float((guessed == true).mean()) if len(true) else 0.0
+    if not marks_entities(task.labels or ()):
+        from sklearn.metrics import f1_score as f1_of_words
+
+        macro_f1 = float(f1_of_words(true, guessed, average="macro", zero_division=0)) if len(true) else 0.0
+        return {"accuracy": accuracy, "macro_f1": macro_f1}
     from seqeval.metrics import f1_score, precision_score, recall_score
 
-    guesses, gold = label_sequences(task, predicted, labels), label_sequences(task, labels, labels)
-    tokens = max(sum(map(len, gold)), 1)
-    right = sum(g == p for row, guess in zip(gold, guesses, strict=True) for g, p in zip(row, guess, strict=True))
+    guesses = [standard_tags(tags) for tags in label_sequences(task, predicted, labels)]
+    gold = [standard_tags(tags) for tags in label_sequences(task, labels, labels)]
     with warnings.catch_warnings():
-        # Tags that are no BIO scheme (parts of speech) count as entities of one token; seqeval remarks on each.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of splits without any entity
         return {
             "f1": float(f1_score(gold, guesses, zero_division=0)),
             "precision": float(precision_score(gold, guesses, zero_division=0)),
             "recall": float(recall_score(gold, guesses, zero_division=0)),
-            "accuracy": right / tokens,
+            "accuracy": accuracy,
         }
 
 

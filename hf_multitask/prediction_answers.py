@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .models.tags import entity_spans, marks_entities
 from .models.task import Task, TaskType
 
 __all__ = ["Word", "find_entities", "text_answer", "top_labels"]
@@ -55,7 +56,7 @@ def text_answer(task: Task, logits: Tensor, top_k: int | None) -> Any:
 
 
 def find_entities(task: Task, text: Any, words: Sequence[Word], probabilities: Tensor) -> list[dict[str, Any]]:
-    """Return the entities of a text, or its words where labels are no BIO scheme.
+    """Return the entities of a text, or its words where labels mark none.
 
     Args:
         task: A task that labels words.
@@ -64,21 +65,23 @@ def find_entities(task: Task, text: Any, words: Sequence[Word], probabilities: T
         probabilities: `[words, C]`, of the labels of each.
     """
     labels = task.labels or ()
-    bio = any(label.startswith("B-") for label in labels)
-    found: list[dict[str, Any]] = []
-    previous = "O"
-    scores, numbers = probabilities.max(-1)
-    for (start, end), score, number in zip(words, scores.tolist(), numbers.tolist(), strict=True):
-        label = labels[number]
-        kind = label.split("-", 1)[-1] if bio else label
-        if bio and label.startswith("I-") and previous.split("-", 1)[-1] == kind and previous != "O":
-            found[-1]["end"] = end
-            found[-1]["score"] = min(found[-1]["score"], score)
-        elif not bio or label != "O":
-            found.append({"label": kind, "text": "", "start": start, "end": end, "score": score})
-        previous = label
-    for entity in found:
-        part = text[entity["start"] : entity["end"]]
-        entity["text"] = part if isinstance(part, str) else " ".join(part)
-        entity["score"] = round(entity["score"], 4)
+    best, numbers = probabilities.max(-1)
+    scores, tags = best.tolist(), [labels[number] for number in numbers.tolist()]
+    if marks_entities(labels):
+        spans = entity_spans(tags)
+    else:
+        spans = [(tag, number, number + 1) for number, tag in enumerate(tags)]
+    found = []
+    for kind, first, stop in spans:
+        start, end = words[first][0], words[stop - 1][1]
+        part = text[start:end]
+        found.append(
+            {
+                "label": task.name if kind == "_" else kind,  # tags without types
+                "text": part if isinstance(part, str) else " ".join(part),
+                "start": start,
+                "end": end,
+                "score": round(min(scores[first:stop]), 4),
+            }
+        )
     return found

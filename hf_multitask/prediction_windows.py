@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .data.shared_tokenizer import tokenize
 from .models.base import MultiTaskModel
 from .models.passes import Segment
 from .models.task import Task
@@ -92,7 +93,9 @@ def cut_into_windows(
 def _tokenize(tokenizer: Any, texts: Sequence[tuple[Any, ...]], length: int, **options: Any) -> list[Any]:
     columns = [list(column) for column in zip(*texts, strict=True)]
     words = not isinstance(texts[0][0], str)
-    return tokenizer(*columns, max_length=length, is_split_into_words=words, verbose=False, **options).encodings
+    return tokenize(
+        tokenizer, *columns, max_length=length, is_split_into_words=words, verbose=False, **options
+    ).encodings
 
 
 def _longer(
@@ -109,7 +112,7 @@ def _longer(
             "is_split_into_words": not isinstance(texts[0][0], str),
         }
         for i, given in enumerate(texts):
-            sizes = [len(tokenizer(text, **options).input_ids) for text in given]
+            sizes = [len(tokenize(tokenizer, text, **options).input_ids) for text in given]
             if sum(sizes) > room:
                 parts[i], others[i] = int(sizes[1] >= sizes[0]), min(sizes)
     for number, other in zip(numbers, others, strict=True):

@@ -184,7 +184,11 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self.balancer.begin(self.state.max_steps)
         if self.tasks and self._compile_options is not None:
             self.accelerator.unwrap_model(self.model).compile_backbone(**self._compile_options)
-        return super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.tasks:
+            parameters = self.accelerator.unwrap_model(self.model).parameters()
+            self._prepared = [parameter for parameter in parameters if parameter.requires_grad]
+        return prepared
 
     def hyperparameter_search(
         self,
@@ -273,11 +277,15 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         """Run forward and backward; heads whose task the window lacks, or weighs 0, end up without a gradient."""
         if not self.tasks:
             return super().training_step(model, inputs, num_items_in_batch)
-        by_task = self.balancer.needs_task_gradients(self.state.global_step)
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        if self._at_window_start:
+            self._look_up_trained(unwrapped)
+        self._at_window_start = self.accelerator.sync_gradients
+        by_task = self.balancer.needs_task_gradients(self.state.global_step, bool(self._shared))
         if by_task:
             loss = self._backward_by_task(model, inputs, num_items_in_batch)
         else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = self._run_plain(model, inputs, num_items_in_batch, self.accelerator.sync_gradients)
             # What is not finite is the guard's matter; in the running mean of the loss it would stay for good.
             loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
         if not self.accelerator.sync_gradients:
@@ -287,7 +295,6 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self._stop_or_skip(model, bad)
         elif by_task:
             loss = self._combine(model, num_items_in_batch)
-        unwrapped: Any = self.accelerator.unwrap_model(model)
         unwrapped.finish_window()
         undo_scales(unwrapped, self._scales)
         self._scales = {}

@@ -1,5 +1,8 @@
 """What one optimizer step holds: rows and items per task, over all its micro-batches and processes.
 
+A task counts as present if the window has labelled items of it. Rows without a single one (a text that the tokenizer
+makes nothing of, labels that are all -100) say nothing about the task: their loss of 0 does not mean that it is solved.
+
 The loss of a task is its summed item losses over the items of the *window*, not of the micro-batch they came in, and
 its share is its fraction of the window's rows. So the same rows give the same update whether they come as one batch
 of 32, as eight of 4, or as 16 on each of two processes.
@@ -19,11 +22,11 @@ __all__ = ["TaskProgress", "Window", "count_window"]
 
 @dataclass(frozen=True)
 class Window:
-    """Rows and items of each task that occurs in a window.
+    """Rows and items of each task that has labelled items in a window.
 
     Args:
         rows: Number of rows by task; a row that two tasks read counts for each.
-        items: Number of labelled items by task: rows, or tokens for token-level tasks.
+        items: Number of labelled items by task, at least 1: rows, or tokens for token-level tasks.
         tokens: Number of tokens of all rows, each row counted once.
     """
 
@@ -52,6 +55,8 @@ def count_window(
 ) -> Window:
     """Count rows, items and tokens of this process's micro-batches, and add up over processes.
 
+    Tasks without a labelled item on any process are left out, also if there are rows of them.
+
     With several processes this is a collective call: all must make it.
 
     Args:
@@ -73,7 +78,7 @@ def count_window(
         torch.distributed.all_reduce(table)
         values = table.tolist()
     *of_tasks, (tokens, _) = values
-    present = {task: value for task, value in zip(tasks, of_tasks, strict=True) if value[0]}
+    present = {task: value for task, value in zip(tasks, of_tasks, strict=True) if value[1]}
     rows, items = ({task: value[i] for task, value in present.items()} for i in (0, 1))
     return Window(rows, items, tokens)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_multitask import HardSharingModel, Task
+from hf_multitask import DataCollatorForMultiTask, HardSharingModel, Task
 from hf_multitask.balancer import TaskBalancer
 from hf_multitask.balancing.combination import COMBINATIONS
 from hf_multitask.balancing.elementwise import ELEMENTWISE
@@ -332,3 +332,78 @@ def test_a_state_that_is_no_json_is_refused_before_training(model, make_trainer)
 
     with pytest.raises(ValueError, match="loss_weighting Tensors: its state_dict goes into checkpoints as JSON"):
         make_trainer(model, loss_weighting=Tensors())
+
+
+# ---- rows of a task, and no labelled item among them ----
+
+NO_ITEMS = (0, 1, 3)
+
+
+class Without(DataCollatorForMultiTask):
+    """A collator that takes the labels away from `names` in some batches, or the rows altogether."""
+
+    def __init__(self, *args, rows: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.takes_rows, self.calls = rows, 0
+
+    def __call__(self, rows):
+        here, self.calls = self.calls in NO_ITEMS, self.calls + 1
+        if here and self.takes_rows:
+            rows = [row for row in rows if row["source"].name != "names"]
+        batch = super().__call__(rows)
+        if here and not self.takes_rows:
+            assert "names" in batch["labels"]
+            batch["labels"]["names"] = torch.full_like(batch["labels"]["names"], -100)
+            batch["num_items"]["names"] = 0
+        return batch
+
+
+def without_items(run, tokenizer, tasks, rows: bool, **options):
+    collator = Without(tokenizer, tasks, rows=rows)
+    options = {"task_sampling": "uniform", "weight_decay": 0.1, "max_steps": 6, **options}
+    return run(trainer_kwargs={"data_collator": collator}, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[pytest.param(dict(loss_weighting=method), id=method) for method in WEIGHTINGS],
+        *[pytest.param(dict(gradient_combination=method), id=method) for method in EVERY_COMBINATION],
+        pytest.param(dict(loss_reduction="tasks"), id="equal shares"),
+        pytest.param(dict(conflict_logging_steps=1), id="task by task"),
+        pytest.param(dict(gradient_combination="upgrad", gradient_memory="sketch"), id="by sketches"),
+        pytest.param(dict(gradient_combination="mgda", loss_weighting="gradnorm"), id="both"),
+    ],
+)
+@pytest.mark.sample(7)
+def test_a_task_without_a_labelled_item_is_absent_as_one_without_rows(run, tokenizer, tasks, options):
+    """Its head stays as it is, nothing of it is logged, and nothing takes it for a solved task."""
+    absent, expected = without_items(run, tokenizer, tasks, True, **options)
+    unlabelled, found = without_items(run, tokenizer, tasks, False, **options)
+    assert difference(expected, found) < 2e-5
+    for line, other in zip(absent.state.log_history[:-1], unlabelled.state.log_history[:-1], strict=True):
+        assert other == pytest.approx(line, rel=1e-4, abs=1e-6)
+    lines = [line for line in unlabelled.state.log_history if "loss" in line]
+    assert ["loss/names" in line for line in lines] == [step not in NO_ITEMS for step in range(6)]
+    assert [line["share/names"] > 0 for line in lines] == [step not in NO_ITEMS for step in range(6)]
+    assert absent.progress.rows_seen == unlabelled.progress.rows_seen
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradient_combination="mgda"), dict(loss_weighting="gradnorm")], ids=str)
+def test_a_window_without_any_labelled_item_changes_nothing(run, model, tokenizer, options):
+    class Nothing(DataCollatorForMultiTask):
+        def __call__(self, rows):
+            batch = super().__call__(rows)
+            batch["labels"] = {name: torch.full_like(value, -100) for name, value in batch["labels"].items()}
+            batch["num_items"] = dict.fromkeys(batch["labels"], 0)
+            return batch
+
+    before = weights(model)
+    options = {"task_sampling": "weighted", "optim": "adamw_torch", "weight_decay": 0.1, **options}
+    trainer, after = run(
+        trainer_kwargs={"data_collator": Nothing(tokenizer, model.tasks)},
+        task_sampling_kwargs={"weights": {"reviews": 0, "traits": 0, "names": 1}},
+        **options,
+    )
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(key.startswith("loss/") for line in trainer.state.log_history for key in line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import datasets
 import evaluate
 import numpy as np
@@ -202,10 +204,42 @@ def test_ids_of_tokens_count_like_their_logits_and_padding_of_either_does_not():
     assert compute_default_metrics(TOKENS, padded, np.pad(labels, ((0, 0), (0, 2)), constant_values=-100)) == expected
 
 
-def test_tags_that_are_no_bio_scheme_are_entities_of_one_token():
-    task = Task("pos", "token_classification", labels=("NOUN", "VERB"))
-    found = compute_default_metrics(task, np.array([[0, 1, 0, 1]]), np.array([[0, 1, 1, 1]]))
-    assert found["accuracy"] == 0.75 and 0 < found["f1"] < 1
+PARTS_OF_SPEECH = {
+    "words": ("NOUN", "VERB", "ADJ"),
+    "full stops": (".", "NOUN", "VERB"),
+    "an O in front": ("OBJ", "SUBJ", "O"),
+    "entities without B and I": ("O", "PER", "LOC"),
+    "one letter": ("N", "V", "."),
+}
+
+
+@pytest.mark.parametrize("case", PARTS_OF_SPEECH)
+def test_labels_that_mark_no_entities_are_counted_by_word(case):
+    task = Task("pos", "token_classification", labels=PARTS_OF_SPEECH[case])
+    assert default_metric_names(task) == ("accuracy", "macro_f1") and primary_metric(task) == "accuracy"
+    gold = np.array([[0, 0, 1, 1, 2, 2, -100], [2, 1, 0, -100, -100, -100, -100]])
+    exact = compute_default_metrics(task, gold, gold)
+    assert exact == {"accuracy": 1.0, "macro_f1": 1.0}
+    for place in zip(*np.nonzero(gold != -100), strict=True):
+        for wrong in set(range(3)) - {int(gold[place])}:
+            guess = gold.copy()
+            guess[place] = wrong
+            found = compute_default_metrics(task, guess, gold)
+            known = gold != -100
+            of_words = [f1(gold[known] == c, guess[known] == c) for c in range(3)]
+            assert found["accuracy"] == pytest.approx(8 / 9) and found["macro_f1"] == pytest.approx(np.mean(of_words))
+    with pytest.raises(ValueError, match=r"metric 'f1' .*labels are not BIO tags.* accuracy, macro_f1"):
+        primary_metric(replace(task, metric="f1"))
+
+
+@pytest.mark.parametrize("tags", [("U-x", "B-x", "L-x"), ("S-x", "B-x", "E-x"), ("W_x", "B_x", "E_x")])
+def test_entities_of_every_scheme_are_whole(tags):
+    """Three of them, of which two that are one word each stand together: not one entity of two words."""
+    task = Task("names", "token_classification", labels=("O", *tags))
+    gold = np.array([[1, 1, 2, 3, 0]])
+    assert compute_default_metrics(task, gold, gold)["f1"] == 1
+    found = compute_default_metrics(task, np.array([[1, 0, 2, 3, 0]]), gold)
+    assert found["precision"] == 1 and found["recall"] == pytest.approx(2 / 3)
 
 
 def test_logits_are_decoded_by_type():

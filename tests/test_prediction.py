@@ -60,9 +60,8 @@ def test_batches_and_order_do_not_matter(predictor):
         assert a["tone"]["label"] == b["tone"]["label"] and a["strength"] == pytest.approx(b["strength"], abs=1e-3)
 
 
-def trained_on_names(tokenizer) -> Predictor:
+def trained_on_names(tokenizer, names=("O", "B-person", "I-person", "B-place")) -> Predictor:
     """A model whose token head is set by hand: a word's own embedding decides its tag."""
-    names = ("O", "B-person", "I-person", "B-place")
     torch.manual_seed(0)
     model = HardSharingModel.from_backbone(
         BACKBONES["bert"](), [Task("names", "token_classification", labels=names, head="linear")]
@@ -103,6 +102,27 @@ def test_an_inside_tag_that_continues_nothing_begins_an_entity(tokenizer):
         ("place", "paris"),
         ("person", "john"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("O", "B-person", "E-person", "S-place"), [("person", "maria john"), ("place", "paris"), ("place", "paris")]),
+        (("O", "B_person", "L_person", "U_place"), [("person", "maria john"), ("place", "paris"), ("place", "paris")]),
+        (
+            ("O", "I-person", "I-person2", "I-place"),
+            [("person", "maria"), ("person2", "john"), ("place", "paris paris")],
+        ),
+        (("O", "B", "I", "S"), [("names", "maria john"), ("names", "paris"), ("names", "paris")]),
+        (
+            (".", "NOUN", "OBJ", "O"),
+            [(".", "and"), ("NOUN", "maria"), ("OBJ", "john"), ("O", "paris"), ("O", "paris")],
+        ),
+    ],
+)
+def test_answers_are_the_entities_that_the_metric_counts(tokenizer, names, expected):
+    (answer,) = trained_on_names(tokenizer, names)(["and maria john paris paris"])
+    assert [(e["label"], e["text"]) for e in answer["names"]] == expected
 
 
 def test_text_beyond_the_longest_input_is_cut(tokenizer):

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import BACKBONES, make_datasets, make_tokenizer
+from datasets import Dataset
 from questions import question_datasets
 
 from hf_multitask import AutoModelForMultiTask
+from hf_multitask.prediction import Predictor
 from hf_multitask.recipe import build, load_recipe, load_splits
 from hf_multitask.running import run_recipe
 
@@ -149,6 +151,31 @@ def test_other_files_than_parquet_work(folder):
     rows.to_csv(folder / "a-train.csv")
     for ending in ("jsonl", "csv"):
         assert len(load_splits(str(folder / f"a-{{split}}.{ending}"))["train"]) == 40
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_ratings_in_a_file_are_names_of_labels(folder, ending):
+    """Stars from 1 to 5, as they stand in a file: none is trained, evaluated or answered one off."""
+    for split in ("train", "validation"):
+        rows = Dataset.from_dict({"text": ["bad film", "good film"] * 8, "label": [1, 4] * 8})
+        getattr(rows, "to_csv" if ending == "csv" else "to_json")(folder / f"stars-{split}.{ending}")
+    recipe = yaml.safe_load((folder / "job.yaml").read_text())
+    recipe["tasks"] = [
+        {
+            "name": "stars",
+            "type": "single_label_classification",
+            "labels": [1, 2, 3, 4, 5],
+            "dataset": str(folder / f"stars-{{split}}.{ending}"),
+        }
+    ]
+    recipe["training"] |= {"max_steps": 60, "learning_rate": 0.01}
+    (folder / "stars.yaml").write_text(yaml.safe_dump(recipe))
+    run_recipe(folder / "stars.yaml")
+    results = json.loads((folder / "out" / "results.json").read_text())["tasks"]
+    assert results["stars"]["validation"]["accuracy"] == 1.0
+    predictor = Predictor.from_pretrained(folder / "out", "cpu")
+    assert predictor.model.tasks[0].labels == ("1", "2", "3", "4", "5")
+    assert [answer["stars"]["label"] for answer in predictor(["bad film", "good film"])] == ["1", "4"]
 
 
 def test_questions_and_choices_from_files(folder):

@@ -61,7 +61,7 @@ def lookahead_affinity(
         max_grad_norm: The gradient is clipped to this norm, as in training; None or 0 for not at all.
 
     Returns:
-        NaN for tasks without rows, and where a loss is 0 or not finite.
+        NaN for tasks without labelled rows, and where a loss is 0 or not finite.
     """
     shared = list(model.shared_parameters())
     present = [name for name in tasks if name in window.rows]
@@ -103,7 +103,7 @@ def window_cosines(
         tasks: Names of the T tasks.
 
     Returns:
-        NaN for tasks without rows, or without any gradient.
+        NaN for tasks without labelled rows, or without any gradient.
     """
     shared = list(model.shared_parameters())
     gradients = TaskGradients(shared, len(tasks))
@@ -138,7 +138,7 @@ def _backward(
     """Put the gradient of a task's loss of the window into the shared parameters' `.grad`."""
     for batch in batches:
         for losses in _row_losses(model, batch, window, [name]).values():
-            (losses.sum() / max(window.items[name], 1)).backward(inputs=shared)
+            (losses.sum() / window.items[name]).backward(inputs=shared)
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def _losses(
     total = dict.fromkeys(names, 0.0)
     for batch in batches:
         for name, losses in _row_losses(model, batch, window, names).items():
-            total[name] += losses.double().sum().item() / max(window.items[name], 1)
+            total[name] += losses.double().sum().item() / window.items[name]
     return total
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, IterableDataset, LargeList, List, Value
 
 from ..data.all_rows import make_row_encoder
+from ..data.labels import LabelEncoder
 from ..data.sources import Source, label_key
 from ..models.heads import IGNORE_INDEX
 from ..models.task import Task, TaskType
@@ -161,21 +162,25 @@ def _label_reader(task: Task, columns: Features) -> tuple[str, Callable[[Any], A
         return column, _numbers
     if not task.labels or not isinstance(inner, (Value, ClassLabel)):
         return None
-    names: Sequence[str] = inner.names if isinstance(inner, ClassLabel) else task.labels
-    is_vector = (
-        task.type is TaskType.MULTI_LABEL_CLASSIFICATION and isinstance(inner, Value) and inner.dtype != "string"
-    )
+    labels = task.labels
+    several = task.type is TaskType.MULTI_LABEL_CLASSIFICATION
+    try:
+        encoder = LabelEncoder(task, column, columns, encoded=column == label_key(task.name))
+    except ValueError:
+        return None  # the trainer refuses this column too, and says why
 
     def name(value: Any) -> str:
-        if isinstance(value, str):
-            return value
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else repr(value)
+        place = encoder.ids.get(value)
+        return value if isinstance(value, str) else repr(value) if place is None else labels[place]
 
     def read(value: Any) -> list[str] | None:
         if value is None or value == IGNORE_INDEX:
             return None
-        if is_vector:
-            return [names[i] for i, present in enumerate(value) if present and i < len(names)]
+        if several:
+            try:
+                return [labels[i] for i, present in enumerate(encoder.encode([value], 0)[0]) if present]
+            except ValueError:
+                pass  # as it stands, then
         values = value if isinstance(value, (list, tuple)) else [value]
         return [name(one) for one in values if one is not None and one != IGNORE_INDEX]
 

@@ -11,7 +11,7 @@ The values are those of [`hf_multitask.metrics`] on the drawn rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import EvalPrediction
 
 from ..metrics import decode, label_sequences, metric_function
 from ..models.heads import IGNORE_INDEX
+from ..models.tags import entity_spans
 from ..models.task import Task, TaskType
 
 __all__ = ["CountedMetric", "RowOutputs", "counted_metric"]
@@ -104,6 +105,11 @@ def _f1(correct: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndar
     return _divide(2 * correct, predicted + true)
 
 
+def _macro_f1(correct: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Return the mean over labels, the last axis; only those that occur, true or predicted, count."""
+    return _divide(_f1(correct, predicted, true).sum(-1), (predicted + true > 0).sum(-1))
+
+
 def _single_label(task: Task, metric: str, predicted: np.ndarray, labels: np.ndarray) -> CountedMetric | None:
     known = (labels != IGNORE_INDEX).astype(np.float64)
     right = known * (predicted == labels)
@@ -121,9 +127,7 @@ def _single_label(task: Task, metric: str, predicted: np.ndarray, labels: np.nda
         return sums[..., :classes], sums[..., classes : 2 * classes], sums[..., 2 * classes :]
 
     def macro(sums: np.ndarray) -> np.ndarray:
-        correct, guessed, true = split(sums)
-        # Only labels that occur among the rows, true or predicted, count.
-        return _divide(_f1(correct, guessed, true).sum(-1), (guessed + true > 0).sum(-1))
+        return _macro_f1(*split(sums))
 
     def matthews(sums: np.ndarray) -> np.ndarray:
         correct, guessed, true = split(sums)
@@ -214,8 +218,6 @@ def _ranks(values: np.ndarray) -> CountedMetric:
 
 
 def _token_labels(task: Task, metric: str, predicted: np.ndarray, labels: np.ndarray) -> CountedMetric | None:
-    from seqeval.metrics.sequence_labeling import get_entities
-
     gold, guesses = label_sequences(task, labels, labels), label_sequences(task, predicted, labels)
     if metric == "accuracy":
         right = [sum(map(str.__eq__, *pair)) for pair in zip(gold, guesses, strict=True)]
@@ -223,9 +225,11 @@ def _token_labels(task: Task, metric: str, predicted: np.ndarray, labels: np.nda
             np.array([[hits, len(row)] for hits, row in zip(right, gold, strict=True)]).reshape(-1, 2),
             lambda s: _divide(s[..., 0], s[..., 1]),
         )
+    if metric == "macro_f1":
+        return _macro_f1_of_words(task.labels or (), gold, guesses)
     numbers = []
     for true_row, row in zip(gold, guesses, strict=True):
-        true, found = set(get_entities(true_row)), set(get_entities(row))
+        true, found = set(entity_spans(true_row)), set(entity_spans(row))
         numbers.append((len(true & found), len(found), len(true)))
     finish = {
         "f1": lambda s: _f1(s[..., 0], s[..., 1], s[..., 2]),
@@ -233,6 +237,21 @@ def _token_labels(task: Task, metric: str, predicted: np.ndarray, labels: np.nda
         "recall": lambda s: _divide(s[..., 0], s[..., 2]),
     }.get(metric)
     return None if finish is None else _of_sums(np.array(numbers).reshape(-1, 3), finish)
+
+
+def _macro_f1_of_words(
+    names: Sequence[str], gold: Sequence[list[str]], guesses: Sequence[list[str]]
+) -> CountedMetric | None:
+    if 3 * len(names) > _LARGEST:
+        return None
+    ids = {name: i for i, name in enumerate(names)}
+    numbers = np.zeros((len(gold), 3, len(names)))  # of each row and label: right, predicted and true words
+    for row, (true, found) in enumerate(zip(gold, guesses, strict=True)):
+        for one, other in zip(true, found, strict=True):
+            numbers[row, 0, ids[one]] += one == other
+            numbers[row, 1, ids[other]] += 1
+            numbers[row, 2, ids[one]] += 1
+    return _of_sums(numbers.reshape(len(gold), -1), lambda s: _macro_f1(*np.split(s, 3, axis=-1)))
 
 
 def _language(task: Task, metric: str, predicted: np.ndarray, labels: np.ndarray) -> CountedMetric | None:

@@ -189,12 +189,14 @@ class TaskGradients:
             size = local(parameter).numel()
             first, last = max(begin, self._part.start), min(begin + size, self._part.stop)
             offset = place - begin
+            begin += size
+            if first >= last:
+                continue  # none of it lies in this process's part
             for start, stop, draws in uniform_blocks(first + offset, last + offset, seed, self._buffer.device):
                 columns = slice(start - offset, stop - offset)
                 rows = self._buffer[:, columns].index_select(0, index) * factors
                 part = self._part.start
                 combined[columns.start - part : columns.stop - part] = function(rows, draws)
-            begin += size
         self._write_flat(combined)
 
     def clear(self) -> None:

@@ -35,7 +35,7 @@ class Observation:
     Args:
         losses: `[T]`, float64 on the CPU: mean item loss of each task over the window and all processes, NaN where the
             task is absent. T is the number of tasks, in the model's order.
-        present: `[T]`, bool: whether the window holds rows of the task.
+        present: `[T]`, bool: whether the window holds labelled items of the task.
         step: Number of the optimizer step, from 0.
         epoch: Number of the epoch, from 0.
         gradient_norms: `[T]`, float64: Euclidean norm of the gradient of each task's unweighted loss on the shared

@@ -14,7 +14,9 @@ from typing import Any
 from datasets import ClassLabel, Features, LargeList, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from .labels import LabelError
 from .row_encoding import RowEncoder, tokenizer_key
+from .shared_tokenizer import tokenize
 from .sources import Source, label_key
 
 __all__ = ["LENGTHS", "ChoiceRows"]
@@ -74,10 +76,17 @@ class ChoiceRows(RowEncoder):
     def _make_encoder(self, task: Any, column: str, columns: Features) -> Any:
         feature = columns[column]
         whole = isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
-        if not whole and not isinstance(feature, ClassLabel):
-            raise ValueError(
-                f"task {task.name!r}: column {column!r} has the type {feature}; it must hold the number of the right "
-                "choice, from 0"
+        if not whole and not isinstance(feature, ClassLabel) and feature != Value("null"):
+            raise self._label_error(
+                f"column {column!r} has the type {feature}; it must hold the number of the right choice, from 0"
+            )
+        names = feature.names if isinstance(feature, ClassLabel) else []
+        numbers = [int(name) for name in names if name.isdecimal()]
+        # Of names that count the choices (or letters) the ids do so too; others are the ids of something else.
+        if numbers and numbers not in ([*range(len(names))], [*range(1, len(names) + 1)]):
+            raise self._label_error(
+                f"column {column!r} is a ClassLabel with the names {names}, whose ids do not count the choices; cast "
+                "it to int64 or string, with the number of the right choice, from 0"
             )
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
@@ -92,7 +101,8 @@ class ChoiceRows(RowEncoder):
         ends = list(accumulate(counts))
         starts = [end - count for end, count in zip(ends, counts, strict=True)]
         self._check_room(pairs, starts, indices)
-        encoded = self.tokenizer(
+        encoded = tokenize(
+            self.tokenizer,
             texts,
             pairs,
             truncation="only_first",
@@ -133,7 +143,7 @@ class ChoiceRows(RowEncoder):
 
     def _check_room(self, pairs: list[str], starts: list[int], rows: list[int]) -> None:
         """Raise a `ValueError` where a choice alone fills a whole input."""
-        ids = self.tokenizer(pairs, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = tokenize(self.tokenizer, pairs, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for number, tokens in enumerate(ids):
             if len(tokens) + self.added >= self.max_length:
                 place = max(i for i, start in enumerate(starts) if start <= number)
@@ -146,11 +156,14 @@ class ChoiceRows(RowEncoder):
     def _label(self, value: Any, count: int, row: int) -> int:
         label = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < count:
-            raise ValueError(
-                f"task {self.task.name!r}: label {value!r} in row {row} of column {self.task.label_column!r} is not "
-                f"the number of one of its {count} choices (0 to {count - 1}); unlabelled rows must be filtered out"
+            raise self._label_error(
+                f"label {value!r} in row {row} of column {self.task.label_column!r} is not the number of one of its "
+                f"{count} choices (0 to {count - 1}); unlabelled rows must be filtered out"
             )
         return label
+
+    def _label_error(self, what: str) -> LabelError:
+        return LabelError(f"task {self.task.name!r}: {what}", self.task.name)
 
 
 def _holds_strings(feature: Any, in_list: bool) -> bool:

@@ -193,7 +193,9 @@ def _group_labels(slices: Sequence[_Slice]) -> tuple[dict[str, Segment], dict[st
                 continue
             num_items[name] = count
             if task_type is single:
-                class_ids += [row[key] for row in group]
+                own = [row[key] for row in group]
+                num_items[name] -= own.count(IGNORE_INDEX)
+                class_ids += own
                 cuts.append(count)
                 cut_tasks.append(name)
             elif task_type is tokens:

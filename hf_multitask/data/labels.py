@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import ClassLabel, Features, LargeList, List, Value
 
+from ..models.limits import shown
 from ..models.task import Task, TaskType, closest
 
-__all__ = ["LabelEncoder", "infer_labels", "label_feature"]
+__all__ = ["LabelEncoder", "LabelError", "infer_labels", "label_feature", "label_ids", "matches_names"]
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)", re.ASCII)
+
+
+class LabelError(ValueError):
+    """The labels of a task cannot be used; its texts may be good.
+
+    Args:
+        message: What is wrong, with the task's name.
+        task: Name of the task.
+    """
+
+    def __init__(self, message: str, task: str) -> None:
+        super().__init__(message, task)  # both, so that the error survives the way from another process
+        self.task = task
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def _inner(feature: Any) -> Any | None:
@@ -34,6 +54,58 @@ def _kind(feature: Any) -> str:
     return "list" if _inner(feature) is not None else type(feature).__name__
 
 
+def _numbers(labels: Sequence[str]) -> list[float | int | None]:
+    """Return the number that each label spells out, or None for a label that does not.
+
+    Example:
+        >>> _numbers(["1", "02", "2.5", "x"])
+        [1, 2, 2.5, None]
+    """
+    matches = [_NUMBER.fullmatch(label) for label in labels]
+    return [None if m is None else float(m[0]) if "." in m[0] else int(m[0]) for m in matches]
+
+
+def matches_names(labels: Sequence[str]) -> bool:
+    """Return whether whole numbers stand for labels by name: all labels are numbers, and not 0, 1, 2, ... in order."""
+    numbers = _numbers(labels)
+    return None not in numbers and numbers != list(range(len(numbers)))
+
+
+def label_ids(labels: Sequence[str], column: str, feature: Any) -> dict[Any, int]:
+    """Return the place among some labels of every value that a column may hold.
+
+    Strings are names, and so are the names of a `ClassLabel`. A whole number is the place of its label, from 0; where
+    all labels are numbers themselves (ratings from 1 to 5) it is a name.
+
+    Args:
+        labels: The labels of a task.
+        column: Name of the column, for messages.
+        feature: The type of its values, or of the items of its lists.
+
+    Raises:
+        ValueError: The column holds whole numbers which could be places or names, and would mean different labels.
+    """
+    if isinstance(feature, ClassLabel):
+        return {i: labels.index(name) for i, name in enumerate(feature.names) if name in labels}
+    if _kind(feature) == "name":
+        return {label: i for i, label in enumerate(labels)}
+    numbers = _numbers(labels)
+    names = {number: i for i, number in enumerate(numbers) if number is not None}
+    conflicts = [n for i, n in enumerate(numbers) if n is not None and n != i and n in range(len(labels))]
+    by_name = matches_names(labels)
+    if len(names) < len(labels) and by_name:
+        what = "two of them spell the same number"
+    elif conflicts and (not by_name or set(names) == set(range(len(labels)))):
+        number = int(conflicts[0])
+        what = f"{number} would be {labels[number]!r} as an id, {labels[numbers.index(number)]!r} as a name"
+    else:
+        return names if by_name else {i: i for i in range(len(labels))}
+    raise ValueError(
+        f"column {column!r} holds whole numbers, and they could be ids or names of labels={shown(list(labels))}: "
+        f"{what}; make the column strings (names), or a ClassLabel with names=[...] (ids)"
+    )
+
+
 def label_feature(task: Task) -> Any:
     """Return the Arrow type in which a task's encoded labels are stored."""
     if task.type in (TaskType.SINGLE_LABEL_CLASSIFICATION, TaskType.MULTIPLE_CHOICE):
@@ -47,7 +119,8 @@ class LabelEncoder:
 
     What a column may hold:
 
-    - `single_label_classification`: names, ids from 0, or a `ClassLabel` (matched by name).
+    - `single_label_classification`: names, ids from 0, or a `ClassLabel` (matched by name). Where the labels are
+      numbers, such as ratings from 1 to 5, whole numbers are names too (see [`label_ids`]).
     - `multi_label_classification`: lists of names (or of a `ClassLabel`), or one 0 or 1 per label.
     - `regression`: finite numbers; lists of them where the task names several values.
     - `token_classification`: lists like single labels, one per word.
@@ -56,37 +129,50 @@ class LabelEncoder:
         task: The task.
         column: Name of the column, for messages.
         features: The dataset's features.
+        encoded: Whether whole numbers are ids in any case, as in rows that this library prepared.
+        ignored: Values that stay as they are, such as the -100 of tokens without a label.
+
+    Attributes:
+        ids: By value of the column, the place of its label.
 
     Raises:
-        ValueError: The column's type cannot hold labels of this task.
+        LabelError: The column's type cannot hold labels of this task, or its numbers could be ids or names.
     """
 
-    def __init__(self, task: Task, column: str, features: Features) -> None:
+    def __init__(
+        self, task: Task, column: str, features: Features, *, encoded: bool = False, ignored: Sequence[int] = ()
+    ) -> None:
         self.task = task
         self.column = column
         feature = features[column]
         self._is_list = _inner(feature) is not None
         self._value = _inner(feature) if self._is_list else feature
         self._kind = _kind(self._value)
-        self._ids = self._known_values() if task.labels else {}
         self._check_type(feature)
+        self.ids = {**self._known_values(encoded), **{value: value for value in ignored}}
 
-    def _fail(self, what: str) -> ValueError:
-        return ValueError(f"task {self.task.name!r}: {what}")
+    def _fail(self, what: str) -> LabelError:
+        return LabelError(f"task {self.task.name!r}: {what}", self.task.name)
 
-    def _known_values(self) -> dict[Any, int]:
+    def _known_values(self, encoded: bool) -> dict[Any, int]:
         labels = self.task.labels or ()
-        if isinstance(self._value, ClassLabel):
-            names = self._value.names
-            if self.task.is_classification and not set(names) <= set(labels):
-                raise self._fail(
-                    f"column {self.column!r} is a ClassLabel with the names {names}, the task has "
-                    f"labels={list(labels)}; give the task these names, in any order"
-                )
-            return {i: labels.index(name) for i, name in enumerate(names) if name in labels}
-        if self._kind == "name":
-            return {label: i for i, label in enumerate(labels)}
-        return {i: i for i in range(len(labels))}
+        if not self.task.is_classification:
+            return {}
+        if isinstance(self._value, ClassLabel) and not set(self._value.names) <= set(labels):
+            raise self._fail(
+                f"column {self.column!r} is a ClassLabel with the names {self._value.names}, the task has "
+                f"labels={list(labels)}; give the task these names, in any order"
+            )
+        if self._kind != "name" and not isinstance(self._value, ClassLabel):
+            if self.task.type is TaskType.MULTI_LABEL_CLASSIFICATION:  # one 0 or 1 per label, or numbers as names
+                numbers = _numbers(labels)
+                return {} if None in numbers else {number: i for i, number in enumerate(numbers)}
+            if encoded or self._kind == "empty":
+                return {i: i for i in range(len(labels))}
+        try:
+            return label_ids(labels, self.column, self._value)
+        except ValueError as error:
+            raise self._fail(str(error)) from None
 
     def _check_type(self, feature: Any) -> None:
         task_type = self.task.type
@@ -101,7 +187,9 @@ class LabelEncoder:
             fits = self._is_list == wants_list and self._kind in ("name", "id", "empty")
             wanted = f"{'lists of ' if wants_list else ''}label names (strings) or ids (whole numbers)"
         if not fits and _kind(feature) != "empty":
-            raise self._fail(f"column {self.column!r} has the type {feature}; {task_type} needs {wanted}")
+            # Missing cells turn the whole numbers of a file into fractions.
+            fix = "; cast it to int64 or string" if self._kind == "number" and "or ids" in wanted else ""
+            raise self._fail(f"column {self.column!r} has the type {feature}; {task_type} needs {wanted}{fix}")
 
     def encode(self, values: Sequence[Any], first_row: int) -> list[Any]:
         """Return the encoded labels of consecutive rows.
@@ -123,7 +211,7 @@ class LabelEncoder:
 
     def _single(self, value: Any, row: int) -> int:
         try:
-            return self._ids[value]
+            return self.ids[value]
         except (KeyError, TypeError):
             raise self._unknown(value, row) from None
 
@@ -141,12 +229,23 @@ class LabelEncoder:
             return [float(i in present) for i in range(len(labels))]
         if self._kind == "empty" and not value:
             return [0.0] * len(labels)
-        if len(value) != len(labels) or any(item is None or item not in (0, 1) for item in value):
+        is_vector = len(value) == len(labels) and all(item is not None and item in (0, 1) for item in value)
+        vector = [float(item) for item in value] if is_vector else None
+        if self._kind == "id" and self.ids and len(set(value)) == len(value) and all(v in self.ids for v in value):
+            present = {self.ids[item] for item in value}
+            named = [float(i in present) for i in range(len(labels))]
+            if vector not in (None, named):
+                raise self._fail(
+                    f"row {row} of column {self.column!r} holds {value!r}, which could be one 0 or 1 for each of "
+                    f"labels={shown(list(labels))}, or a list of names; make names strings"
+                )
+            return named
+        if vector is None:
             raise self._fail(
                 f"row {row} of column {self.column!r} holds {value!r}; it must hold {len(labels)} numbers, 0 or 1, "
                 "one per label, or a list of label names"
             )
-        return [float(item) for item in value]
+        return vector
 
     def _number(self, value: Any, row: int) -> list[float]:
         numbers = value if self._is_list else [value]
@@ -164,6 +263,14 @@ class LabelEncoder:
         labels = self.task.labels or ()
         if value is None:
             return self._fail(f"label None {where}: every row needs a label; filter these rows out")
+        if self._kind == "id" and not isinstance(self._value, ClassLabel) and matches_names(labels):
+            place = isinstance(value, int) and 0 <= value < len(labels)
+            reading = f" (as an id it would be {labels[value]!r})" if place else ""
+            return self._fail(
+                f"label {value!r} {where} is not one of its labels, {shown(list(labels))}{reading}: where labels are "
+                "numbers, whole numbers are matched by name; make a column of ids a ClassLabel, add a label that is "
+                "missing, filter unlabelled rows out"
+            )
         if self._kind == "id":
             return self._fail(
                 f"label {value!r} {where} is not an id of its {len(labels)} labels (0 to {len(labels) - 1}); "

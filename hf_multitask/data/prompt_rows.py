@@ -13,6 +13,7 @@ model never to end: such rows are counted, and more than one in a hundred are re
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,9 @@ from datasets import ClassLabel, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..models.task import Task, TaskType
+from .labels import LabelError, label_ids
 from .row_encoding import RowEncoder, tokenizer_key
+from .shared_tokenizer import apply_chat_template, tokenize
 from .sources import Source, label_key
 
 __all__ = ["ANSWER", "MOST_CUT", "PromptRows", "target_tokens"]
@@ -63,6 +66,7 @@ class PromptRows(RowEncoder):
         super().__init__(columns, source, None if self.column is None else labels, max_length)
         self.tokenizer, self.seed = tokenizer, seed
         self.names = {name: feature.names for name, feature in columns.items() if isinstance(feature, ClassLabel)}
+        self._targets = self._whole_numbers(columns) if labels is not False else {}
         self.with_target = self.messages and labels is not False
         if self.column is not None:
             self.with_target = labels is not False and self.column in columns
@@ -100,14 +104,19 @@ class PromptRows(RowEncoder):
             raise ValueError(
                 f"task {task.name!r}: chat=True needs a target for the assistant to say; give prompt or label_column"
             )
-        numbers = [label for label in task.labels or () if label.isdecimal()]
-        feature = columns.get(str(self.column))
-        if numbers and isinstance(feature, Value) and "int" in feature.dtype:
-            if list(task.labels or ()) != [str(number) for number in range(len(task.labels or ()))]:
-                raise ValueError(
-                    f"task {task.name!r}: column {self.column!r} holds whole numbers, and label {numbers[0]!r} is one "
-                    "too: they could be ids or names; make the column strings, or a ClassLabel"
-                )
+
+    def _whole_numbers(self, columns: Features) -> dict[int, str]:
+        """Return what each whole number in the column of targets stands for; empty where it is no label."""
+        column, labels = str(self.column), self.task.labels or ()
+        feature = columns.get(column)
+        if isinstance(feature, ClassLabel):
+            return dict(enumerate(feature.names))
+        if not labels or not isinstance(feature, Value) or "int" not in feature.dtype:
+            return {}
+        try:
+            return {value: labels[place] for value, place in label_ids(labels, column, feature).items()}
+        except ValueError as error:
+            raise LabelError(f"task {self.task.name!r}: {error}", self.task.name) from None
 
     @property
     def _has_prompt(self) -> bool:
@@ -158,8 +167,8 @@ class PromptRows(RowEncoder):
         if self.messages:
             return self._chat(values[task.text_columns[0]], row)
         for column in task.text_columns:
-            if values[column] is None:
-                raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
+            if _is_missing(values[column]):
+                raise ValueError(f"text {values[column]} in row {row} of column {column!r}; filter such rows out")
         if task.prompt is None:
             prompt = "\n".join(self._cell(values, column) for column in task.text_columns)
         else:
@@ -200,32 +209,36 @@ class PromptRows(RowEncoder):
 
     def _verbalize(self, value: Any, row: int) -> str:
         """Return a target as text: a label's name for its id."""
-        column, labels = self.column, self.task.labels
-        names = self.names.get(str(column), list(labels or ()))
-        if isinstance(value, int) and not isinstance(value, bool) and names:
-            if not 0 <= value < len(names):
-                raise ValueError(
-                    f"task {self.task.name!r}: target {value!r} in row {row} of column {column!r} is not an id of its "
-                    f"{len(names)} labels (0 to {len(names) - 1}); rows without a target must be filtered out"
+        labels, where = self.task.labels, f"in row {row} of column {self.column!r}"
+        if self._targets and isinstance(value, int) and not isinstance(value, bool):
+            if value not in self._targets:
+                names = self._targets
+                by_id = list(names) == list(range(len(names)))
+                known = (
+                    f"an id of its {len(names)} labels (0 to {len(names) - 1})" if by_id else f"one of {list(names)}"
                 )
-            value = names[value]
-        text = "" if value is None else _plain_text(value)
+                raise self._label_error(
+                    f"target {value!r} {where} is not {known}; rows without a target must be filtered out"
+                )
+            value = self._targets[value]
+        text = "" if _is_missing(value) else _plain_text(value)
         if not text.strip():
-            raise ValueError(
-                f"task {self.task.name!r}: target {value!r} in row {row} of column {column!r} is empty; there is "
-                "nothing to learn from it, filter it out"
+            raise self._label_error(
+                f"target {value!r} {where} is empty; there is nothing to learn from it, filter it out"
             )
         if labels and text not in labels:
-            raise ValueError(
-                f"task {self.task.name!r}: target {value!r} in row {row} of column {column!r} is not one of its "
-                f"{len(labels)} labels; add it to Task(labels=...)"
+            raise self._label_error(
+                f"target {value!r} {where} is not one of its {len(labels)} labels; add it to Task(labels=...)"
             )
         return text
+
+    def _label_error(self, what: str) -> LabelError:
+        return LabelError(f"task {self.task.name!r}: {what}", self.task.name)
 
     # ---- from texts to tokens ----
 
     def _tokens(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, return_attention_mask=False)["input_ids"]
+        ids = tokenize(self.tokenizer, text, return_attention_mask=False)["input_ids"]
         eos = self.tokenizer.eos_token_id
         return ids + [eos] if eos is not None and (not ids or ids[-1] != eos) else ids
 
@@ -242,7 +255,7 @@ class PromptRows(RowEncoder):
             if excess <= 0 or self.messages:
                 break
             column = max(self.task.text_columns, key=lambda name: len(self._cell(values, name)))
-            tokens = self.tokenizer(self._cell(values, column), add_special_tokens=False)["input_ids"]
+            tokens = tokenize(self.tokenizer, self._cell(values, column), add_special_tokens=False)["input_ids"]
             if len(tokens) <= excess:
                 break
             shorter = self.tokenizer.decode(tokens[: len(tokens) - excess], skip_special_tokens=True)
@@ -293,6 +306,10 @@ def _plain_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _is_chat(feature: Any) -> bool:
     inner = feature.feature if isinstance(feature, List) else None
     return isinstance(inner, (dict, Features)) and {"role", "content"} <= set(inner)
@@ -301,10 +318,10 @@ def _is_chat(feature: Any) -> bool:
 def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     """Return the tokens of a prompt, a text or messages, as generation begins with them."""
     if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_attention_mask=False)["input_ids"]
+        ids = tokenize(tokenizer, prompt, return_attention_mask=False)["input_ids"]
         # Tokenizers that end every text with a token must not end this one.
         return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    return apply_chat_template(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
 
 
 def target_ids(task: str, tokenizer: Any, prompt: Any, target: str) -> list[int]:
@@ -315,10 +332,10 @@ def target_ids(task: str, tokenizer: Any, prompt: Any, target: str) -> list[int]
     """
     if isinstance(prompt, str):
         joined = target if prompt[-1:].isspace() or not prompt else f" {target}"
-        ids = tokenizer(joined, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = tokenize(tokenizer, joined, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [*ids, tokenizer.eos_token_id]
     before = prompt_ids(tokenizer, prompt)
-    whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": target}], return_dict=False)
+    whole = apply_chat_template(tokenizer, [*prompt, {"role": "assistant", "content": target}], return_dict=False)
     if whole[: len(before)] != before:
         raise ValueError(
             f"task {task!r}: the tokenizer's chat template writes the messages before an answer in another way when "

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from ..models.heads import IGNORE_INDEX
 from ..models.task import Task, TaskType
 from .labels import LabelEncoder, label_feature
+from .shared_tokenizer import tokenize
 from .sources import Source, label_key
 
 __all__ = ["RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
 
-_VERSION = 4  # part of the cache key: raise it when the prepared form changes
+_VERSION = 5  # part of the cache key: raise it when the prepared form changes
 
 
 class RowEncoder:
@@ -166,7 +167,8 @@ class TextRows(RowEncoder):
             for row, value in zip(indices, values, strict=True):
                 if value is None or (self.words and None in value):
                     raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
-        encoded = self.tokenizer(
+        encoded = tokenize(
+            self.tokenizer,
             *texts,
             truncation=True,
             max_length=self.max_length,
@@ -235,10 +237,8 @@ class TokenizedRows(RowEncoder):
         return next((c for c in candidates if c in columns), task.label_column)
 
     def _make_encoder(self, task: Task, column: str, columns: Features) -> LabelEncoder:
-        encoder = super()._make_encoder(task, column, columns)
-        if task.type is TaskType.TOKEN_CLASSIFICATION:
-            encoder._ids[IGNORE_INDEX] = IGNORE_INDEX
-        return encoder
+        ignored = (IGNORE_INDEX,) if task.type is TaskType.TOKEN_CLASSIFICATION else ()
+        return LabelEncoder(task, column, columns, encoded=column == label_key(task.name), ignored=ignored)
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
         """Return the columns of prepared rows, for a batch of rows and their numbers (consecutive ones)."""

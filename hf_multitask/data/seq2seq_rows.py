@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Features, List, Value
 
 from .prompt_rows import ANSWER, PromptRows
+from .shared_tokenizer import apply_chat_template, tokenize
 from .sources import label_key
 
 __all__ = ["Seq2SeqRows", "answer_ids"]
@@ -62,13 +63,13 @@ class Seq2SeqRows(PromptRows):
     def _prompt_tokens(self, prompt: Any) -> list[int]:
         tokenizer: Any = self.tokenizer
         if isinstance(prompt, str):
-            return tokenizer(prompt, return_attention_mask=False)["input_ids"]
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+            return tokenize(tokenizer, prompt, return_attention_mask=False)["input_ids"]
+        return apply_chat_template(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
 
     def _cut(self, text: Any) -> list[int]:
         if isinstance(text, str):  # what the tokenizer puts at the ends stays
             options = {"truncation": True, "max_length": self.max_length, "return_attention_mask": False}
-            return self.tokenizer(text, **options)["input_ids"]
+            return tokenize(self.tokenizer, text, **options)["input_ids"]
         return self._prompt_tokens(text)[-self.max_length :]
 
     def cut_targets(self, columns: Mapping[str, Sequence[Any]]) -> int:
@@ -79,7 +80,7 @@ class Seq2SeqRows(PromptRows):
 
 def answer_ids(tokenizer: Any, target: str) -> list[int]:
     """Return the tokens of a target, with what ends it."""
-    ids = tokenizer(text_target=target, return_attention_mask=False)["input_ids"]
+    ids = tokenize(tokenizer, text_target=target, return_attention_mask=False)["input_ids"]
     return ids if _ends(tokenizer, ids) else [*ids, tokenizer.eos_token_id]
 
 

@@ -19,6 +19,7 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from .row_encoding import RowEncoder, tokenizer_key
+from .shared_tokenizer import tokenize
 from .sources import Source, label_key
 
 __all__ = ["CONTEXT", "OFFSETS", "QUESTION", "REFERENCES", "SpanRows"]
@@ -99,7 +100,8 @@ class SpanRows(RowEncoder):
         """Return the columns of prepared rows, for a batch of rows and their numbers (consecutive ones)."""
         questions, contexts = (batch[column] for column in self.task.text_columns)
         self._check_texts(questions, contexts, indices)
-        encoded = self.tokenizer(
+        encoded = tokenize(
+            self.tokenizer,
             questions,
             contexts,
             truncation="only_second",
@@ -142,7 +144,7 @@ class SpanRows(RowEncoder):
             for row, value in zip(rows, values, strict=True):
                 if value is None:
                     raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
-        ids = self.tokenizer(questions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = tokenize(self.tokenizer, questions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for row, tokens in zip(rows, ids, strict=True):
             room = self.max_length - self.special_tokens - len(tokens)
             if room <= self.task.stride:

@@ -23,6 +23,9 @@ So one text that comes as words is a list in a list, `ask([["Maria", "liked", "i
 each task answers with is in [`hf_multitask.prediction`]; how long texts are read with `stride`, and their windows put
 together, in [`hf_multitask.prediction_windows`]. Tasks that read other input than what is given (a pair, choices) are
 left out, unless they are asked for by name.
+
+One pipeline may be called from many threads. They take turns at the tokenizer, and the model writes nothing down in a
+pass; code that calls the same tokenizer by itself at the same time should call a copy of it.
 """
 
 from __future__ import annotations

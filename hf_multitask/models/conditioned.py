@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from .layers import find_layers
 from .rows import CurrentRows, RowTasks
 
 __all__ = ["ConditionedConfig", "ConditionedModel", "TaskConditioning"]
+
+_HOOKING = threading.Lock()
 
 
 class ConditionedConfig(MultiTaskConfig):
@@ -197,6 +200,8 @@ class ConditionedModel(MultiTaskModel):
         for position, layer in enumerate(layers):
             # In front of hooks that record hidden states, which may be there already.
             layer.register_forward_hook(_ScaleAndShift(self.rows, position), prepend=True)
+        if config.task_embedding:
+            self._hook_embeddings()
         self.post_init()
 
     def _film_layers(self) -> list[nn.Module]:
@@ -268,12 +273,21 @@ class ConditionedModel(MultiTaskModel):
         return torch.cat(parts)
 
     def _hook_embeddings(self) -> None:
-        """Put the hook on the backbone's input embeddings, where it is missing: resizing them may make new ones."""
-        embeddings = self.get_input_embeddings()
+        """Put the hook on the backbone's input embeddings, where it is missing: resizing them may make new ones.
+
+        Threads that find it missing in the same moment take turns, so that one of them adds it.
+        """
+        if self._embeddings_hooked():
+            return
+        with _HOOKING:
+            if not self._embeddings_hooked():
+                self.get_input_embeddings().register_forward_hook(_AddTaskEmbedding(self.rows), prepend=True)
+
+    def _embeddings_hooked(self) -> bool:
         # Also below: a wrapper (FSDP's) may have been put around the module with the hook.
-        hooks = [hook for module in embeddings.modules() for hook in module._forward_hooks.values()]
-        if not any(isinstance(hook, _AddTaskEmbedding) and hook.rows is self.rows for hook in hooks):
-            embeddings.register_forward_hook(_AddTaskEmbedding(self.rows), prepend=True)
+        modules = self.get_input_embeddings().modules()
+        hooks = [hook for module in modules for hook in list(module._forward_hooks.values())]
+        return any(isinstance(hook, _AddTaskEmbedding) and hook.rows is self.rows for hook in hooks)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

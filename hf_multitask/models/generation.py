@@ -88,7 +88,7 @@ def _over_task_backbone(model: SharingScheme, task: str, head: CausalLanguageHea
     # `generate` asks for the device and the dtype of the first parameter, and there may be no other.
     native.register_parameter("table", cast(nn.Parameter, model.vocabulary(task)))
     native._modules[native.base_model_prefix] = TaskBackbone(model, task)
-    native.train(False)
+    native.training = False  # of the copy alone: all below it belongs to the multi-task model
     return native
 
 
@@ -102,10 +102,12 @@ def generate(model: SharingScheme, inputs: Any, task: str | None, **kwargs: Any)
     native = language_model(model, task)
     chosen = next(one for one in model.tasks if one.name == task)
     options = {**(chosen.generation or {}), **kwargs}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # Nothing is written on a model in inference, which other threads may be calling.
+    in_training = [module for module in model.modules() if module.training]
+    for module in in_training:
+        module.training = False
     try:
         return cast(Any, native).generate(inputs, **options)
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .backbone import is_causal
 from .heads import IGNORE_INDEX, TokenHead
 from .native_head import NativeLayers, shallow_copy
+from .pass_local import PassLocal
 from .task import Task
 
 __all__ = ["CausalLanguageHead", "LanguageHead", "LanguageLayers", "MaskedLanguageHead", "is_tied"]
@@ -33,20 +34,26 @@ def is_tied(config: PreTrainedConfig) -> bool:
 
 
 class Vocabulary(nn.Module):
-    """The product with a table of embeddings that is handed over, and a bias of its own where the family has one."""
+    """The product with a table of embeddings that is handed over, and a bias of its own where the family has one.
+
+    The table comes with each pass in `given`, or stays for good in `table`, which only copies of this module have
+    ([`LanguageLayers.over_table`]).
+    """
 
     def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
         # In a tuple, or None: set as it is, the table would become a parameter of this module.
         self.table: tuple[Tensor] | None = None
+        self.given = PassLocal()
 
     @property
     def weight(self) -> Tensor:
         """The table, which some families look at before they call this."""
-        if self.table is None:
+        table = self.given.value if self.table is None else self.table[0]
+        if table is None:
             raise AttributeError("weight")
-        return self.table[0]
+        return table
 
     def reset_parameters(self) -> None:
         """Set the bias to 0."""
@@ -62,8 +69,7 @@ class Vocabulary(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits, `[..., V]`, of hidden states `[..., E]`."""
-        (table,) = cast(tuple[Tensor], self.table)
-        return F.linear(hidden, table, self.bias)
+        return F.linear(hidden, self.weight, self.bias)
 
 
 class LanguageLayers(NativeLayers):
@@ -111,11 +117,8 @@ class LanguageLayers(NativeLayers):
 
     def with_table(self, hidden: Tensor, table: Tensor) -> Tensor:
         """Return the logits, `[B, K, V]`, of hidden states `[B, K, H]`, with the table `[V, E]`."""
-        self.vocabulary.table = (table,)
-        try:
+        with self.vocabulary.given.use(table):
             return self(hidden, None)
-        finally:
-            self.vocabulary.table = None
 
 
 class LanguageHead(TokenHead):

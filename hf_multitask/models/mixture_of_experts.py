@@ -187,8 +187,7 @@ class MixtureOfExpertsModel(MultiTaskModel):
         """Return the routers' losses over the passes since the last call; see the module's text."""
         layers = [layer for _, layer in self.expert_layers()]
         passes = [layer.passes for layer in layers]
-        for layer in layers:
-            layer.passes = []
+        _forget_passes(self)
         if not self.training or not passes[0]:
             return None
         config = self.config
@@ -270,8 +269,8 @@ class MixtureOfExpertsModel(MultiTaskModel):
         return torch.cat([linear.weight for linear in linears]).expand_as(stacked)
 
 
-def _forget_passes(model: nn.Module, args: Any) -> None:
-    """Let go of what a forward pass left behind that was broken off, as by an error."""
+def _forget_passes(model: nn.Module, *args: Any) -> None:
+    """Forget the passes of layers in training, also of a forward pass that an error ended; others have none."""
     for module in model.modules():
-        if isinstance(module, ExpertLayer):
+        if isinstance(module, ExpertLayer) and module.passes:
             module.passes = []

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from .pass_local import PassLocal
 from .task import Task, TaskType
 
 __all__ = ["GivenHidden", "NativeLayers", "native_config", "native_model", "shallow_copy"]
@@ -99,7 +100,7 @@ class GivenHidden(nn.Module):
         pooler = getattr(backbone, "pooler", None)
         if isinstance(pooler, nn.Module):
             self.pooler = pooler
-        self.hidden: Tensor | None = None
+        self.hidden = PassLocal()
 
     @property
     def decoder(self) -> GivenHidden:
@@ -108,7 +109,7 @@ class GivenHidden(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Return the hidden states that were given."""
-        hidden, self.hidden = cast(Tensor, self.hidden), None
+        hidden = cast(Tensor, self.hidden.value)
         pooler = getattr(self, "pooler", None)
         return _HiddenOutput(
             last_hidden_state=hidden,  # type: ignore[arg-type]
@@ -159,10 +160,10 @@ class NativeLayers(nn.Module):
         # Decoders look for the last token that is not padding; which other token it is makes no difference.
         tokens = torch.where(attention_mask.bool(), self._pad + 1, self._pad)
         model = cast(Any, self.native)
-        getattr(model, model.base_model_prefix).hidden = hidden
         if self._is_choice:  # each row is the only choice of its set
             tokens, attention_mask = tokens.unsqueeze(1), attention_mask.unsqueeze(1)
-        output = model(input_ids=tokens, attention_mask=attention_mask, return_dict=True)
+        with getattr(model, model.base_model_prefix).hidden.use(hidden):
+            output = model(input_ids=tokens, attention_mask=attention_mask, return_dict=True)
         if "start_logits" in output:
             return torch.stack([output.start_logits, output.end_logits], dim=-1)
         return output.logits

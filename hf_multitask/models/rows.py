@@ -6,12 +6,13 @@ their own (adapters, prefixes, routers) ask a [`CurrentRows`], which the model s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+
+from .pass_local import PassLocal
 
 __all__ = ["CurrentRows", "RowTasks"]
 
@@ -34,24 +35,15 @@ class RowTasks:
     repeated: bool = False
 
 
-class CurrentRows:
-    """Holds the rows of the pass that runs; None between passes.
+class CurrentRows(PassLocal):
+    """Holds the [`RowTasks`] of the pass that the calling thread runs; None between passes.
 
-    Activation checkpointing runs layers again in the backward pass, when other rows may have passed since. So the
-    function that does it is wrapped by [`carry`], which brings the rows of that pass back.
+    Activation checkpointing runs layers again in the backward pass, when other rows may have passed since, and on an
+    accelerator in a thread of autograd's own. So the function that does it is wrapped by [`carry`], which brings the
+    rows of that pass back.
     """
 
-    def __init__(self) -> None:
-        self.value: RowTasks | None = None
-
-    @contextmanager
-    def use(self, rows: RowTasks | None) -> Iterator[None]:
-        """Set the rows for the time of a pass."""
-        before, self.value = self.value, rows
-        try:
-            yield
-        finally:
-            self.value = before
+    value: RowTasks | None = None
 
     def carry(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a checkpointing function, `(function, *args) -> result`: repetitions see the rows of their pass."""

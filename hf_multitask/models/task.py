@@ -60,9 +60,11 @@ class Task:
         name: Letters, digits, `_` and `-`, at most 64 characters. It becomes a module name, a metric name and a
             file name.
         type: A [`TaskType`] or its name.
-        labels: The names of the labels, in the order of their ids. Required for all types of classification; for
-            `regression` the names of several target values (default: one nameless value). For `causal_lm` and
-            `seq2seq_lm` the targets that there are, if they are a closed set: evaluation then picks the likeliest.
+        labels: The names of the labels, in the order of their ids; whole numbers are written out. In a column, names
+            and whole numbers from 0 (ids) stand for them; where all labels are numbers, as ratings from 1 to 5 are,
+            whole numbers are names, too. Required for all types of classification; for `regression` the names of
+            several target values (default: one nameless value). For `causal_lm` and `seq2seq_lm` the targets that
+            there are, if they are a closed set: evaluation then picks the likeliest.
         dataset: The name of the dataset that feeds the task (default: the task's name). Tasks that name the same
             dataset and the same text columns are trained on the same rows with one pass of the encoder.
         text_columns: One column, or two for pairs of texts (default: `text`, or `tokens` for

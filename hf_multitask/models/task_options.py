@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 from transformers import GenerationConfig
@@ -34,7 +35,7 @@ _USED_BY: dict[str, tuple[Any, tuple[TaskType, ...]]] = {
 
 
 def settle_labels(labels: Any) -> tuple[str, ...] | None:
-    """Return the labels of a task as a tuple, or None where it has none.
+    """Return the labels of a task as a tuple of strings, or None where it has none; whole numbers are written out.
 
     Raises:
         ValueError: They are no list of different names, or more than a model can have.
@@ -48,9 +49,12 @@ def settle_labels(labels: Any) -> tuple[str, ...] | None:
     labels = tuple(itertools.islice(labels, MOST_LABELS + 1))
     if len(labels) > MOST_LABELS:
         raise ValueError(f"there are more labels than the {MOST_LABELS:,} that a model can have")
+    # Ratings from 1 to 5, say. True would be the name "True", which no column of truth values spells.
+    whole = [isinstance(label, Integral) and not isinstance(label, bool) for label in labels]
+    labels = tuple(str(int(label)) if number else label for label, number in zip(labels, whole, strict=True))
     for label in labels:
         if not isinstance(label, str) or not label:
-            raise ValueError(f"label {shown(label)} is not a non-empty string")
+            raise ValueError(f"label {shown(label)} is neither a non-empty string nor a whole number")
         if not is_text(label):
             raise ValueError(f"label {shown(label)} is longer than {LONGEST_NAME:,} characters, or holds NUL")
     repeated = sorted(label for label, count in Counter(labels).items() if count > 1)

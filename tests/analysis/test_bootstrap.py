@@ -68,6 +68,8 @@ EVERY_KIND = [
     *make_tasks(),
     Task("topic", "single_label_classification", labels=tuple("abcdef")),
     Task("numbers", "regression", labels=("x", "y", "z")),
+    Task("speech", "token_classification", labels=("NOUN", "VERB", ".", "OTHER")),
+    Task("ends", "token_classification", labels=("O", "B-x", "L-x", "U-x")),
     Task("flag", "multi_label_classification", labels=("only",)),
 ]
 

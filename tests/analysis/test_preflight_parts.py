@@ -56,6 +56,19 @@ def bad(findings: list[Finding]) -> dict[tuple[str, str], Finding]:
         (TONE, Value("string"), ["good", "bad", "good", "other"], {"good": 2, "bad": 1, "other": 1}),
         (TONE, Value("int64"), [1, 0, 1, 7], {"good": 2, "bad": 1, "7": 1}),
         (TONE, ClassLabel(names=["good", "bad"]), [0, 1, 0, 0], {"good": 3, "bad": 1}),
+        (Task("tone", "single_label_classification", (1, 2)), Value("int64"), [1, 2, 1, 0], {"1": 2, "2": 1, "0": 1}),
+        (
+            Task("tone", "multi_label_classification", (1, 2, 3), label_column="label"),
+            List(Value("int64")),
+            [[3], [1, 2], [], [3]],
+            {"3": 2, "1": 1, "2": 1},
+        ),
+        (
+            Task("tone", "multi_label_classification", ("bad", "good"), label_column="label"),
+            List(Value("large_string")),
+            [["good"], ["bad", "good"], [], ["good"]],
+            {"good": 3, "bad": 1},
+        ),
         (
             Task("tone", "multi_label_classification", ("bad", "good"), label_column="label"),
             List(Value("string")),

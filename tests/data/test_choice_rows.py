@@ -167,6 +167,15 @@ def test_bad_rows_are_named(case):
     assert message in str(error.value)
 
 
+def test_ids_of_names_that_do_not_count_the_choices_are_refused():
+    features = {"question": Value("string"), "choices": List(Value("string")), "label": ClassLabel(names=["1", "0"])}
+    rows = Dataset.from_list([GOOD], features=Features(features))
+    with pytest.raises(ValueError, match=r"names \['1', '0'\], whose ids do not count the choices; cast it"):
+        prepared(rows)
+    counted = rows.cast_column("label", ClassLabel(names=["1", "2", "3"]))
+    assert prepared(counted)["labels_next"][:] == [1]
+
+
 def test_a_name_is_no_number():
     with pytest.raises(ValueError, match="label 'B' in row 0 of column 'label' is not the number"):
         prepared([{**GOOD, "label": "B"}])

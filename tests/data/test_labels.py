@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 
 from hf_multitask import Task
-from hf_multitask.data.labels import LabelEncoder, infer_labels, label_feature
+from hf_multitask.data.labels import LabelEncoder, LabelError, infer_labels, label_feature
 
 NAMES = ("red", "green", "blue")
 SINGLE = Task("colour", "single_label_classification", labels=NAMES)
@@ -51,6 +52,27 @@ GOOD = {
     "tags as names": (TOKENS, List(Value("string")), [["blue", "red"], []], [[2, 0], []]),
     "tags as ids": (TOKENS, List(Value("int32")), [[2, 0], [1]], [[2, 0], [1]]),
     "tags as a ClassLabel": (TOKENS, List(MIXED_UP), [[0, 1], [2]], [[2, 0], [1]]),
+}
+
+STARS = Task("stars", "single_label_classification", labels=[1, 2, 3, 4, 5])
+STAR_TAGS = Task("stars", "token_classification", labels=["1", "2", "3"])
+STAR_SETS = Task("stars", "multi_label_classification", labels=["1", "2", "3"])
+YEARS = Task("year", "single_label_classification", labels=["2019", "02020", "-1", "2.5"])
+ORDERED = Task("o", "single_label_classification", labels=["0", "1", "2"])
+SOME_NUMBERS = Task("o", "single_label_classification", labels=["none", "1", "2"])
+
+GOOD |= {
+    "ratings by name": (STARS, Value("int64"), [1, 4, 5, 2], [0, 3, 4, 1]),
+    "ratings without the highest": (STARS, Value("int8"), [1, 4], [0, 3]),
+    "ratings as strings": (STARS, Value("string"), ["1", "5"], [0, 4]),
+    "ids of a ClassLabel named by numbers": (STARS, ClassLabel(names=["1", "2", "3", "4", "5"]), [0, 3], [0, 3]),
+    "a ClassLabel named by numbers in another order": (STARS, ClassLabel(names=["5", "1"]), [0, 1], [4, 0]),
+    "numbers of all kinds": (YEARS, Value("int64"), [2019, 2020, -1], [0, 1, 2]),
+    "names that are the ids": (ORDERED, Value("int64"), [2, 0, 1], [2, 0, 1]),
+    "names of which some are the ids": (SOME_NUMBERS, Value("int64"), [2, 0, 1], [2, 0, 1]),
+    "tags by name": (STAR_TAGS, List(Value("int64")), [[3, 1], [2]], [[2, 0], [1]]),
+    "lists of numbers by name": (STAR_SETS, List(Value("int64")), [[3, 1], [], [2]], [[1, 0, 1], [0, 0, 0], [0, 1, 0]]),
+    "vectors where names are numbers": (STAR_SETS, List(Value("int64")), [[1, 0, 1], [0, 0, 0]], [[1, 0, 1], [0] * 3]),
 }
 
 
@@ -116,6 +138,14 @@ BAD_VALUES = {
     "tag too large": (TOKENS, List(Value("int64")), [[0, 7]], r"label 7 in row 100 of column 'gold'"),
     "no tag": (TOKENS, List(Value("int64")), [[0, None]], r"label None in row 100 of column 'gold'"),
     "no tags": (TOKENS, List(Value("string")), [["red"], None], r"label None in row 101 of column 'gold'"),
+}
+
+BAD_VALUES |= {
+    "an id where numbers are names": (STARS, Value("int64"), [1, 0], r"label 0 in row 101 .*as an id .* '1'.* by name"),
+    "no rating": (STARS, Value("int64"), [6], r"label 6 in row 100 .* not one of .*'1', '2', '3', '4', '5'"),
+    "another spelling": (STARS, Value("string"), ["01"], r"label '01' in row 100"),
+    "no number among tags": (STAR_TAGS, List(Value("int64")), [[1, 0]], r"label 0 in row 100 .*by name"),
+    "neither names nor a vector": (STAR_SETS, List(Value("int64")), [[0, 2]], r"row 100 .* holds \[0, 2\]"),
 }
 
 
@@ -192,3 +222,41 @@ def test_numbers_have_no_names_to_infer(feature):
 def test_inferring_from_a_missing_column_names_those_that_are_there():
     with pytest.raises(ValueError, match="no column 'gold' .* columns are text, label"):
         infer_labels(Dataset.from_dict({"text": ["a"], "label": ["b"]}), "gold")
+
+
+EITHER = {
+    "another order of the ids": (["1", "0"], r"1 would be '0' as an id, '1' as a name"),
+    "some numbers, not at their ids": (["1", "2", "other"], r"1 would be '2' as an id, '1' as a name"),
+    "one number twice": (["1", "01", "5"], "two of them spell the same number"),
+}
+
+
+@pytest.mark.parametrize("case", EITHER)
+@pytest.mark.parametrize("kind", ["single_label_classification", "token_classification"])
+def test_numbers_that_could_be_ids_or_names_are_refused_with_both_readings(kind, case):
+    labels, readings = EITHER[case]
+    task = Task("stars", kind, labels=labels)
+    number, strings = Value("int64"), Value("string")
+    if kind == "token_classification":
+        number, strings = List(number), List(strings)
+    with pytest.raises(ValueError, match=rf"task 'stars': column 'gold' holds whole numbers.*ids or names.*{readings}"):
+        LabelEncoder(task, "gold", Features({"gold": number}))
+    LabelEncoder(task, "gold", Features({"gold": strings}))
+    # Rows that were prepared hold ids in any case.
+    encoder = LabelEncoder(task, "gold", Features({"gold": number}), encoded=True)
+    assert encoder.encode([[1]] if kind == "token_classification" else [1], 0) in ([1], [[1]])
+
+
+def test_a_vector_that_could_be_names_is_refused():
+    task = Task("stars", "multi_label_classification", labels=["1", "0"])
+    assert encode(task, List(Value("int64")), [[1, 1], [0, 0], [1], []]) == [[1, 1], [0, 0], [1, 0], [0, 0]]
+    assert encode(task, List(Value("float64")), [[1, 0], [0, 1]]) == [[1, 0], [0, 1]]
+    with pytest.raises(ValueError, match=r"row 0 of column 'gold' holds \[0, 1\].*one 0 or 1.*names"):
+        encode(task, List(Value("int64")), [[0, 1]])
+
+
+def test_an_error_about_labels_names_its_task_and_survives_pickling():
+    with pytest.raises(LabelError) as caught:
+        encode(STARS, Value("int64"), [7])
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert copied.task == "stars" and str(copied) == str(caught.value)

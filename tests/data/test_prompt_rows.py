@@ -460,12 +460,27 @@ def test_targets_outside_a_closed_set_are_named():
     bad(message, Task("mood", "causal_lm", prompt="{text}"), unlabelled)
 
 
-def test_whole_numbers_that_may_be_ids_or_names_are_refused():
-    """Labels 1 to 5 and a column of 1 to 5: read as ids, all would be shifted by one."""
-    stars = Task("stars", "causal_lm", prompt="{text}", labels=("1", "2", "3"))
-    bad("task 'stars': column 'target' holds whole numbers, and label '1'", stars, {"text": ["a"], "target": [1]})
-    rows = prepared(stars, {"text": ["a", "b"], "target": ["1", "3"]})
-    assert rows.rows[0][ANSWER][:] == [0, 2]
+@pytest.mark.parametrize("kind", ["causal_lm", "seq2seq_lm"])
+def test_whole_numbers_are_names_where_labels_are_numbers(kind):
+    """Labels 1 to 3 and a column of 1 to 3: read as ids, all would be shifted by one."""
+    stars = Task("stars", kind, prompt="{text}", labels=(1, 2, 3))
+    for target in ([1, 3], ["1", "3"], [1.0, 3.0]):
+        rows = prepared(stars, {"text": ["a", "b"], "target": target})
+        assert rows.rows[0][ANSWER][:] == [0, 2]
+    bad(r"target 0 in row 1 .* is not one of \[1, 2, 3\]", stars, {"text": ["a", "b"], "target": [1, 0]})
+    either = Task("stars", kind, prompt="{text}", labels=("1", "0"))
+    bad("task 'stars': .*1 would be '0' as an id, '1' as a name", either, {"text": ["a"], "target": [1]})
+
+
+@pytest.mark.parametrize("column", ["text", "target"])
+def test_not_a_number_is_no_text(column):
+    """Missing cells of a file's column of numbers come as NaN."""
+    rows = {"text": [1.5, 2.0], "target": [3.0, 4.0]}
+    rows[column][1] = float("nan")
+    bad("nan in row 1 of column", Task("sum", "causal_lm", prompt="{text}"), rows)
+
+
+def test_whole_numbers_that_are_ids_or_names_alike():
     from_0 = Task("stars", "causal_lm", prompt="{text}", labels=("0", "1"))
     assert prepared(from_0, {"text": ["a", "b"], "target": [1, 0]}).rows[0][ANSWER][:] == [1, 0]
 

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import FrozenInstanceError, fields, replace
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -185,6 +186,13 @@ def test_an_unknown_or_missing_key_is_named(values, message):
         Task.from_dict(values)
 
 
+@pytest.mark.parametrize("labels", [[1, 2, 3], (1, "2", 3), np.array([1, 2, 3]), range(1, 4)])
+def test_labels_may_be_whole_numbers_and_are_stored_as_names(labels):
+    task = Task("stars", "single_label_classification", labels=labels)
+    assert task.labels == ("1", "2", "3")
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+
+
 # ---- values that do not fit ----
 
 SINGLE, MULTI, SCORE, TOKENS, ANSWERS, CHOICE, *_ = TaskType
@@ -192,11 +200,16 @@ BAD = {
     "label a truth value": (
         SINGLE,
         {"labels": ("no", False)},
-        r"label False is not a non-empty string",
+        r"label False is neither a non-empty string nor a whole number",
     ),
-    "number as label": (SINGLE, {"labels": (1, 2)}, r"label 1 is not a non-empty string"),
-    "empty label": (SINGLE, {"labels": ("a", "")}, r"label '' is not a non-empty string"),
+    "fraction as label": (
+        SINGLE,
+        {"labels": (1.0, 2.5)},
+        r"label 1.0 is neither a non-empty string nor a whole number",
+    ),
+    "empty label": (SINGLE, {"labels": ("a", "")}, r"label '' is neither a non-empty string nor a whole number"),
     "labels a string": (SINGLE, {"labels": "ab"}, r"labels must be a list of names, got the string 'ab'"),
+    "a name and a number that are the same": (SINGLE, {"labels": (1, "1")}, r"labels appear more than once: '1'$"),
     "label twice": (SINGLE, {"labels": ("a", "b", "a")}, r"labels appear more than once: 'a'$"),
     "one of very many labels twice": (
         SINGLE,
