@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +262,14 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             state = read_state(checkpoint) if checkpoint else None
             if checkpoint and state is not None:
                 compare_runs(checkpoint, state["run"], self._describe_run())
-            # What the texts were cut to in training is what a saved model cuts them to.
-            self.accelerator.unwrap_model(self.model).config.max_input_length = self._preparing["max_length"]
+            # What the texts were cut to in training is what a saved model cuts them to; it answers as it was trained.
+            model: Any = self.accelerator.unwrap_model(self.model)
+            model.config.max_input_length = self._preparing["max_length"]
+            decided = {task.name: task.null_answers for task in self.tasks if task.null_answers is not None}
+            model.tasks = [
+                replace(task, null_answers=decided[task.name]) if task.name in decided else task for task in model.tasks
+            ]
+            model.config.tasks = [task.to_dict() for task in model.tasks]
             if isinstance(self.train_dataset, StreamingMixture):
                 name = STREAMS_NAME.format(self.args.process_index)
                 stored = Path(checkpoint, name).read_text(encoding="utf-8") if checkpoint and state is not None else ""

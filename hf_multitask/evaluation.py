@@ -275,7 +275,9 @@ class MultiTaskEvaluation(TargetEvaluation):
     def _metrics_of(self, source: Source, prefix: str, keep_logits: bool, rows: Any = None) -> Iterator[SourceMetrics]:
         """Make `evaluation_loop` compute the metrics of some tasks; `Trainer` keeps the functions in attributes."""
         kept = self.compute_metrics, self.preprocess_logits_for_metrics
-        metrics = SourceMetrics(source.tasks, self._metrics, kept[1], prefix, rows)
+        own = {task.name for task in source.tasks}
+        # Rows may have been prepared before the trainer's tasks were decided.
+        metrics = SourceMetrics([task for task in self.tasks if task.name in own], self._metrics, kept[1], prefix, rows)
         self.compute_metrics = metrics
         self.preprocess_logits_for_metrics = metrics.reduce_language if keep_logits else metrics.reduce
         try:

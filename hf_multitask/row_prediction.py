@@ -78,8 +78,9 @@ def predict_rows(
         return [_choose(given[-1], scores, top_k) for given, scores in zip(inputs, logits, strict=True)]
     answers = []
     for question in group_windows(rows, [values.numpy() for values in logits]):
-        found = find_answer(question, task.max_answer_length)
-        score = answer_probability(question, found, task.max_answer_length)
+        may_be_none = task.null_answers is not False
+        found = find_answer(question, task.max_answer_length, may_be_none)
+        score = answer_probability(question, found, task.max_answer_length, may_be_none)
         answers.append({"answer": found.text, "start": found.start, "end": found.end, "score": round(score, 4)})
     return answers
 

@@ -29,6 +29,7 @@ from .data.preprocessing import check_held_out, check_packing, check_tokenizer, 
 from .data.sampling import mixing_probabilities
 from .data.schedule import ShareChanges
 from .data.sources import make_sources, trained_sources, without_held_out
+from .data.span_answers import decide_null_answers
 from .data.streaming import StreamingMixture, is_stream
 from .evaluation import MultiTaskEvaluation, check_compute_metrics
 from .generation import check_generation
@@ -90,7 +91,9 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         model_init = given.get("model_init")
         if model is None and model_init is not None:
             model = model_init(*[None] * number_of_arguments(model_init))
-        self.tasks: list[Task] = model.tasks if isinstance(model, MultiTaskModel) else []
+        self.tasks: list[Task] = []
+        if isinstance(model, MultiTaskModel):
+            self.tasks = decide_null_answers(model.tasks, given.get("train_dataset"))
         if self.tasks:
             given |= self._prepare_arguments(model, given)
         elif isinstance(given.get("train_dataset"), Mapping):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import BACKBONES, make_tokenizer
-from questions import choices, question_datasets, question_tasks
+from questions import answers_in_context, choices, question_datasets, question_tasks
 from test_distributed import free_port, run_together
 from test_schemes import KINDS, check_close, check_equal, quiet, weights
 
@@ -169,6 +170,38 @@ def test_they_are_learned_and_measured_per_question(train):
     guesses = [answer["next"]["label"] for answer in predictor(list(data["next"]), ["next"])]
     right = [guess == label for guess, label in zip(guesses, data["next"]["label"], strict=True)]
     assert sum(right) / len(right) == metrics["eval_next_accuracy"]
+
+
+def test_questions_that_all_have_an_answer_are_never_answered_with_nothing(make_trainer, datasets, tmp_path):
+    """SQuAD 1.1: the first token learns that most windows hold no answer, and would win everywhere."""
+    rows = answers_in_context(rows=30)
+    rows = rows.filter(lambda row: row["answers"]["text"])
+    data = {"who": rows, "reviews": datasets["reviews"], "next": choices()}
+    trainer = make_trainer(build(), data, {"who": rows}, output_dir=str(tmp_path), max_steps=2)
+    assert [task.null_answers for task in trainer.tasks] == [None, False, None]
+
+    def prefer_none(module, inputs, output):
+        output = output.clone()
+        output[:, 0] += 50
+        return output
+
+    trainer.model.heads["who"].layers[-1].register_forward_hook(prefer_none)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForMultiTask.from_pretrained(tmp_path / "saved")
+    assert loaded.tasks[1].null_answers is False
+    loaded.heads["who"].layers[-1].register_forward_hook(prefer_none)
+    from hf_multitask.prediction import Predictor
+
+    inputs = [{key: row[key] for key in ("question", "context")} for row in rows]
+    answers = [answer["who"]["answer"] for answer in Predictor(loaded, make_tokenizer())(inputs, ["who"])]
+    assert all(answers)
+    own = answer_metrics(answers, [row["text"] for row in rows["answers"]])
+    assert own == {name: pytest.approx(metrics[f"eval_who_{name}"]) for name in own}
+    # A model that may answer with nothing always does.
+    loaded.tasks[1] = replace(loaded.tasks[1], null_answers=True)
+    assert not any(answer["who"]["answer"] for answer in Predictor(loaded, make_tokenizer())(inputs, ["who"]))
 
 
 def test_predictions_are_logits_of_windows_and_of_choices(train):

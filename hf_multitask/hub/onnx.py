@@ -41,7 +41,7 @@ from ..models.backbone import usable_positions
 from ..models.base import MultiTaskModel
 from ..models.experts import Experts
 from ..models.passes import Segment
-from ..models.task import Task, closest
+from ..models.task import Task, TaskType, closest
 
 __all__ = ["TOLERANCE", "export_onnx"]
 
@@ -227,7 +227,12 @@ def _quiet() -> Iterator[None]:
 
 def _describe(graph: Any, tasks: Sequence[Task]) -> None:
     """Write the tasks into the graph's metadata."""
-    facts = [{"name": task.name, "type": task.type.value, "labels": list(task.labels or ())} for task in tasks]
+    facts: list[dict[str, Any]] = [
+        {"name": task.name, "type": task.type.value, "labels": list(task.labels or ())} for task in tasks
+    ]
+    for fact, task in zip(facts, tasks, strict=True):
+        if task.type is TaskType.QUESTION_ANSWERING:
+            fact |= {"null_answers": task.null_answers is not False, "max_answer_length": task.max_answer_length}
     graph.metadata_props["tasks"] = json.dumps(facts)
 
 

@@ -104,6 +104,8 @@ class Task:
         stride: For `question_answering`, tokens of the context that two neighbouring windows share: a context that is
             too long for one window is read in several.
         max_answer_length: For `question_answering`, the most tokens of an answer that is given.
+        null_answers: For `question_answering`, whether a question may have no answer. By default the training data
+            decide, and the model keeps it: only where one of their questions has none (SQuAD 2, not SQuAD 1.1).
         choice_columns: For `multiple_choice`, one column of lists of strings, or one column of strings for each choice
             (default: `choices`).
         metric: The task's primary metric, one of those that are computed for it (default: by type, see
@@ -146,6 +148,7 @@ class Task:
     whole_words: bool = False
     stride: int = 128
     max_answer_length: int = 30
+    null_answers: bool | None = None
     choice_columns: tuple[str, ...] | None = None
     weight_schedule: str | dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     greater_is_better: bool | None = None

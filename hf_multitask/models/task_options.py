@@ -30,6 +30,7 @@ _USED_BY: dict[str, tuple[Any, tuple[TaskType, ...]]] = {
     "whole_words": (False, (TaskType.MASKED_LM,)),
     "stride": (128, (TaskType.QUESTION_ANSWERING,)),
     "max_answer_length": (30, (TaskType.QUESTION_ANSWERING,)),
+    "null_answers": (None, (TaskType.QUESTION_ANSWERING,)),
     "choice_columns": (None, (TaskType.MULTIPLE_CHOICE,)),
 }
 
@@ -100,6 +101,8 @@ def check_type_options(task: Any) -> str | None:
         value = getattr(task, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             return f"{field} must be a whole number of at least {least}, got {shown(value)}"
+    if not isinstance(task.null_answers, (bool, type(None))):
+        return f"null_answers must be true, false or left out, got {shown(task.null_answers)}"
     if task.held_out and task.auxiliary:
         return "an auxiliary task cannot be held_out: it is there to be trained"
     for field in ("chat", "whole_words", "held_out"):

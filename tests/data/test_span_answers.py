@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from hf_multitask import Task
+from hf_multitask.data.dataset import MultiTaskDataset
 from hf_multitask.data.preprocessing import prepare
 from hf_multitask.data.sources import make_sources
 from hf_multitask.data.span_answers import (
     QuestionWindows,
     answer_probability,
+    decide_null_answers,
     find_answer,
     group_windows,
     predict_answers,
@@ -54,9 +57,10 @@ def candidates(context: str, windows: list[dict], logits: np.ndarray, longest: i
     return scores
 
 
+@pytest.mark.parametrize("null_answers", [True, False])
 @pytest.mark.parametrize("longest", [1, 4, 1000])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_best_of_all_spans_wins(seed, longest):
+def test_the_best_of_all_spans_wins(seed, longest, null_answers):
     data = answers_in_context(seed, 20)
     table = prepared(data)
     logits = padded_logits(table, seed)
@@ -66,14 +70,17 @@ def test_the_best_of_all_spans_wins(seed, longest):
     for number, (raw, question) in enumerate(zip(data, questions, strict=True)):
         own = [i for i, row in enumerate(rows) if row["question"] == number]
         scores = candidates(raw["context"], [rows[i] for i in own], logits[own], longest)
+        if not null_answers:
+            del scores[0, 0]
         best = max(scores, key=scores.get)
-        answer = find_answer(question, longest)
+        answer = find_answer(question, longest, null_answers)
         assert (answer.start, answer.end) == best and answer.text == raw["context"][slice(*best)]
         assert answer.score == pytest.approx(scores[best])
         total = sum(math.exp(score - scores[best]) for score in scores.values())
-        assert answer_probability(question, answer, longest) == pytest.approx(1 / total)
+        assert answer_probability(question, answer, longest, null_answers) == pytest.approx(1 / total)
         found_none += answer.text == ""
     assert longest > 1 or found_none < 10
+    assert null_answers or not found_none
 
 
 def test_the_lowest_score_of_no_answer_counts():
@@ -88,6 +95,57 @@ def test_the_lowest_score_of_no_answer_counts():
     logits[1][0] = 3.0, 3.0
     none = find_answer(QuestionWindows("maria john", offsets, logits), 3)
     assert (none.text, none.start, none.end, none.score) == ("", 0, 0, 6.0)
+
+
+def test_white_space_alone_is_no_answer():
+    """Tokenizers that make a token of the space in front of a word."""
+    offsets = [np.array([[-1, -1], [0, 1], [1, 6], [6, 7], [7, 8]])]
+    logits = [np.array([[0.0, 0.0], [9.0, 9.0], [1.0, 1.0], [5.0, 5.0], [0.0, 0.0]])]
+    question = QuestionWindows(" maria  ", offsets, logits)
+    answer = find_answer(question, 1, False)
+    assert (answer.text, answer.start, answer.end, answer.score) == ("maria", 1, 6, 2.0)
+    assert answer_probability(question, answer, 1, False) == 1
+    longer = find_answer(question, 3, False)
+    assert (longer.text, longer.start, longer.end, longer.score) == ("maria", 1, 6, 14.0)
+    blank = QuestionWindows("  ", [np.array([[-1, -1], [0, 2]])], [np.array([[0.0, 0.0], [3.0, 3.0]])])
+    assert find_answer(blank, 3, False).text == "" and find_answer(blank, 3).score == 0.0
+    assert answer_probability(blank, find_answer(blank, 3, False), 3, False) == 0.0
+
+
+ANSWERED = {"question": "who?", "context": "maria", "answers": {"text": ["maria"], "answer_start": [0]}}
+UNANSWERED = {"question": "where?", "context": "john", "answers": {"text": [], "answer_start": []}}
+
+
+@pytest.mark.parametrize("own", [None, True, False])
+@pytest.mark.parametrize("rows", [[ANSWERED] * 3, [ANSWERED, UNANSWERED], [UNANSWERED] * 2])
+def test_training_data_decide_whether_there_may_be_no_answer(rows, own):
+    decided = own if own is not None else UNANSWERED in rows
+    task, other = replace(TASK, null_answers=own), Task("tone", "single_label_classification", labels=("a", "b"))
+    raw = Dataset.from_list(rows)
+    (source,) = make_sources([task])
+    together = MultiTaskDataset([source], {"who": prepare(raw, source, make_tokenizer(), max_length=20)})
+    for data in (raw, {"who": raw, "tone": raw}, together):
+        assert decide_null_answers([other, task], data) == [other, replace(task, null_answers=decided)]
+    for nothing in (None, {}, {"who": raw.remove_columns("answers")}, {"who": raw.select([])}):
+        assert decide_null_answers([task], nothing) == [task]
+
+
+def test_where_nobody_decided_the_right_answers_do():
+    table = {name: prepared(Dataset.from_list(rows)) for name, rows in (("all", [ANSWERED]), ("none", [UNANSWERED]))}
+    table["both"] = prepared(Dataset.from_list([ANSWERED, UNANSWERED]))
+
+    def answers(name: str, own: bool | None) -> list[str]:
+        rows = table[name]
+        logits = np.zeros((len(rows), 20, 2))
+        logits[:, 0] = 5  # that a window has no answer
+        return predict_answers(replace(TASK, null_answers=own), rows, logits)[0]
+
+    assert [bool(text) for text in answers("all", None)] == [True]
+    assert [bool(text) for text in answers("both", None)] == [False, False]
+    assert [bool(text) for text in answers("both", True)] == [False, False]
+    assert [bool(text) for text in answers("both", False)] == [True, True]
+    bare = table["all"].remove_columns(["references", "labels_who"])
+    assert predict_answers(TASK, bare, np.eye(20, 2)[None] * 9)[0] == [""]  # as it was before there was a choice
 
 
 def test_answers_and_references_of_a_dataset():

@@ -207,6 +207,8 @@ BAD = {
         {"labels": (1.0, 2.5)},
         r"label 1.0 is neither a non-empty string nor a whole number",
     ),
+    "null answers of a classifier": (SINGLE, {"null_answers": True}, "null_answers is for question_answering, not"),
+    "null answers by number": (ANSWERS, {"null_answers": 1}, "null_answers must be true, false or left out, got 1"),
     "empty label": (SINGLE, {"labels": ("a", "")}, r"label '' is neither a non-empty string nor a whole number"),
     "labels a string": (SINGLE, {"labels": "ab"}, r"labels must be a list of names, got the string 'ab'"),
     "a name and a number that are the same": (SINGLE, {"labels": (1, "1")}, r"labels appear more than once: '1'$"),
