@@ -25,13 +25,14 @@ KINDS: dict[str, tuple[str, dict]] = {
     "prefix": ("prefix", {"num_virtual_tokens": 3}),
     "adapter": ("adapter", {"rank": 3}),
     "adapter, shared": ("adapter", {"rank": 2, "shared_rank": 3}),
+    "adapter, shared alone": ("adapter", {"rank": 0, "shared_rank": 3}),
     "mixture": ("mixture_of_experts", {"num_experts": 4}),
     "mixture, tasks routed": ("mixture_of_experts", {"num_experts": 3, "router_task_embedding": True}),
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 # No parameter that two tasks train: there is nothing to combine.
 NOTHING_SHARED = ("soft", "prefix", "adapter")
-FROZEN = ("prefix", "adapter", "adapter, shared")
+FROZEN = ("prefix", "adapter", "adapter, shared", "adapter, shared alone")
 
 
 def make_model(kind: str, tasks: list[Task] | None = None, dropout: float | None = 0.0, **more) -> MultiTaskModel:
@@ -198,7 +199,7 @@ def test_a_task_by_itself_answers_the_same(tmp_path, kind, native):
     tasks = [Task("tone", "single_label_classification", labels=labels, head="native"), *make_tasks()[1:]]
     model, batch = make_model(kind, tasks), make_batch()
     expected = model(**batch).logits["tone"]
-    if native and kind not in ("hard", "soft", "adapter", "adapter, shared"):
+    if native and kind not in ("hard", "soft", "adapter", "adapter, shared", "adapter, shared alone"):
         with pytest.raises(ValueError, match="no plain model"):
             model.export_task("tone", tmp_path, native=True)
         return

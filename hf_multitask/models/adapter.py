@@ -29,7 +29,7 @@ class AdapterConfig(FrozenBackboneConfig):
     """Configuration of an [`AdapterModel`]; see [`FrozenBackboneConfig`] for the other fields.
 
     Args:
-        rank: Rank of each task's own addition, at least 1.
+        rank: Rank of each task's own addition; 0 for none, which needs a shared one.
         shared_rank: Rank of the addition that all tasks share; 0 for none.
         lora_alpha: A task's product is multiplied with `lora_alpha / rank`. Default: `2 * rank`, so that the factor is
             2 whatever the rank, and a learning rate found for one rank serves for others.
@@ -52,12 +52,22 @@ class AdapterConfig(FrozenBackboneConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the options."""
         super().__post_init__(**kwargs)
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if not isinstance(self.rank, int) or self.rank < 0:
+            raise ValueError(
+                f"rank must be a whole number, 0 for a shared adapter alone or the rank of each task's own, "
+                f"got {self.rank!r}"
+            )
         if not isinstance(self.shared_rank, int) or self.shared_rank < 0:
             raise ValueError(
                 f"shared_rank must be a whole number, 0 for no shared adapter or the rank of one, "
                 f"got {self.shared_rank!r}"
+            )
+        if self.rank == 0 == self.shared_rank:
+            raise ValueError("rank=0 and shared_rank=0 leave no adapter; give one of them a rank of at least 1")
+        if self.rank == 0 and self.lora_alpha is not None:
+            raise ValueError(
+                f"lora_alpha={self.lora_alpha!r} is for the tasks' own adapters, which rank=0 leaves out; give "
+                "shared_alpha for the shared one"
             )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout!r}")
@@ -85,10 +95,14 @@ class AdapterModel(FrozenBackboneModel):
     MTL-LoRA also mixes several shared `B` by task and puts a matrix between a task's `A` and `B`; this is the plain
     sum, which PEFT can read. `A` starts at random as in PEFT, `B` at 0: the model starts equal to its backbone.
 
-    The rows of all tasks go through the backbone in one pass, in training too. Rows that feed several tasks take a
-    pass for each, as does serving without segments. The additions have the backbone's dtype; to train the additions of
-    a bfloat16 backbone in float32, set `model.adapters.float()` and `model.shared_adapter.float()`, or load it in
-    float32 and train under autocast.
+    With `rank=0` there is the shared addition alone: one LoRA that all tasks train, and a head for each, the usual way
+    to train a mixture of tasks with PEFT. Rows that feed several tasks then need one pass, and the model can go on as
+    hard sharing (`to_scheme("hard")`), with the addition merged into the backbone.
+
+    The rows of all tasks go through the backbone in one pass, in training too. Rows that feed several tasks take a pass
+    for each if tasks have additions of their own, as does serving without segments. The additions have the backbone's
+    dtype; to train the additions of a bfloat16 backbone in float32, set `model.adapters.float()` and
+    `model.shared_adapter.float()`, or load it in float32 and train under autocast.
 
     A saved folder has each task's addition in `adapters/<task>`, the shared one in `shared_adapter`, and PEFT reads
     both. Under PEFT a task's rows need both active: `base_model.set_adapter([task, "shared"])`.
@@ -122,7 +136,8 @@ class AdapterModel(FrozenBackboneModel):
         targets = find_targets(self.backbone, config.target_modules)
         # Names of modules hold no dots.
         self._paths = {path.replace(".", "/"): path for path in targets}
-        self.adapters = nn.ModuleDict({task.name: self._adapter(targets, shared=False) for task in self.tasks})
+        owners = self.tasks if config.rank else []
+        self.adapters = nn.ModuleDict({task.name: self._adapter(targets, shared=False) for task in owners})
         self.shared_adapter = self._adapter(targets, shared=True) if config.shared_rank else None
         for key, path in self._paths.items():
             own = {task: cast(LowRank, adapter[key]) for task, adapter in self._task_adapters()}
@@ -140,12 +155,12 @@ class AdapterModel(FrozenBackboneModel):
 
     @property
     def shares_rows(self) -> bool:
-        """Each task sees rows through its own adapter, so rows are not shared."""
-        return False
+        """Whether rows that feed several tasks need only one pass: not where each task has an adapter of its own."""
+        return not self.config.rank
 
     def task_modules(self, name: str) -> list[nn.Module]:
-        """Return a task's head and its own adapter."""
-        return [self._head(name), self.adapters[name]]
+        """Return a task's head and its own adapter, if it has one."""
+        return [self._head(name), *([self.adapters[name]] if self.config.rank else [])]
 
     def encode(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the backbone on some rows; the hooks of its layers add what is their tasks'."""
@@ -163,7 +178,7 @@ class AdapterModel(FrozenBackboneModel):
 
     def adapter_tensors(self) -> dict[str, dict[str, str]]:
         """Return, by folder in a saved model, the names of our tensors and of the same tensors in PEFT's file."""
-        parts = {f"adapters/{task.name}": f"adapters.{task.name}" for task in self.tasks}
+        parts = {f"adapters/{task}": f"adapters.{task}" for task, _ in self._task_adapters()}
         if self.shared_adapter is not None:
             parts[_SHARED] = _SHARED
         _, holder = self.peft_layout()
@@ -216,6 +231,14 @@ class AdapterModel(FrozenBackboneModel):
                     self._merge(path, layer, hook.pairs(name))
                     del layer._forward_hooks[key]
         return merged.requires_grad_(True).eval()
+
+    def merged_backbone(self) -> PreTrainedModel:
+        """Return the backbone with the shared addition in its weights, as a copy.
+
+        Raises:
+            ValueError: Tasks have additions of their own.
+        """
+        return super().merged_backbone() if self.config.rank else self.merge_task(self.tasks[0].name)
 
     def task_backbone(self, name: str) -> PreTrainedModel:
         """Return [`merge_task`]: the plain backbone that encodes texts as this model does for one task."""

@@ -3,6 +3,12 @@
 A saved folder holds no copy of the backbone (unless asked for): the heads are in `model.safetensors`, and what each
 task trains is in a folder of its own, in the format of the PEFT library, so that PEFT reads it too. The configuration
 remembers the backbone's id and a hash of its weights; loading checks that the backbone is still the same.
+
+Parameters of the backbone that somebody trains all the same (`requires_grad_(True)`: norms, embeddings) are saved in
+`model.safetensors` as well, and the configuration names them in `backbone_trained`. A name is noted when a forward pass
+computes gradients for it, so that what was frozen again before saving is not forgotten. A loaded model is frozen as a
+new one is; to go on training these parameters, unfreeze them again. PEFT's folders then name no base model, because the
+one that they were trained on is not the published one: give PEFT `model.backbone`.
 """
 
 from __future__ import annotations
@@ -29,7 +35,16 @@ from .language_head import CausalLanguageHead
 from .limits import is_text, shown
 from .pretrained_language import load_language_model
 from .saved_config import HUB_OPTIONS
-from .saved_weights import check_fits, check_shapes, find_weights, headers_of, meta_model, read_tensors, refuse_report
+from .saved_weights import (
+    check_fits,
+    check_shapes,
+    find_weights,
+    headers_of,
+    meta_model,
+    read_headers,
+    read_tensors,
+    refuse_report,
+)
 from .task_type import TaskType
 
 __all__ = ["FrozenBackboneConfig", "FrozenBackboneModel"]
@@ -50,14 +65,16 @@ class FrozenBackboneConfig(MultiTaskConfig):
         backbone_name: Hub id or folder of the backbone, where it is known.
         backbone_hash: SHA-256 of the backbone's weights, in hexadecimal.
         backbone_saved: Whether the folder that this configuration is in holds the backbone's weights.
+        backbone_trained: Names of the backbone's parameters that were trained, as `state_dict` has them.
 
     Raises:
-        ValueError: The name or the hash cannot be one.
+        ValueError: The name or the hash cannot be one, or the parameters cannot be the backbone's.
     """
 
     backbone_name: str | None = None
     backbone_hash: str | None = None
     backbone_saved: bool = False
+    backbone_trained: list | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check what describes the backbone."""
@@ -67,6 +84,13 @@ class FrozenBackboneConfig(MultiTaskConfig):
             raise ValueError(f"backbone_name must be a Hub id or a folder, got {shown(name)}")
         if self.backbone_hash is not None and not re.fullmatch("[0-9a-f]{64}", self.backbone_hash):
             raise ValueError(f"backbone_hash must be a SHA-256 in hexadecimal, got {shown(self.backbone_hash)}")
+        trained = self.backbone_trained
+        if trained is not None and not (
+            isinstance(trained, list) and all(is_text(one) and one.startswith(_OF_BACKBONE) for one in trained)
+        ):
+            raise ValueError(
+                f"backbone_trained must be a list of names of the backbone's tensors, got {shown(trained)}"
+            )
 
 
 class FrozenBackboneModel(MultiTaskModel):
@@ -80,6 +104,7 @@ class FrozenBackboneModel(MultiTaskModel):
         """Build the backbone, frozen, and the heads."""
         super().__init__(config, backbone)
         self.freeze_backbone()
+        self.register_forward_pre_hook(_note_pass)
 
     # ---- what a scheme implements ----
 
@@ -116,6 +141,22 @@ class FrozenBackboneModel(MultiTaskModel):
         name = None if isinstance(source, PreTrainedModel) else str(source)
         return {"backbone_name": name, "backbone_hash": weights_hash(backbone)}
 
+    def note_trained(self) -> set[str]:
+        """Write into the configuration which of the backbone's parameters are trained; return all that ever were."""
+        known = set(self.config.backbone_trained or ())
+        parts = (self.backbone,) if self.lm_head is None else (self.backbone, self.lm_head)
+        if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+            trained = {
+                name
+                for prefix, part in zip(_OF_BACKBONE, parts, strict=False)
+                for name, parameter in part.named_parameters(prefix.rstrip("."))
+                if parameter.requires_grad
+            }
+            if not trained <= known:
+                known |= trained
+                self.config.backbone_trained = sorted(known)
+        return known
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings as `PreTrainedModel` does; the backbone then is another, and saved with the model."""
         resized = super().resize_token_embeddings(*args, **kwargs)
@@ -138,19 +179,20 @@ class FrozenBackboneModel(MultiTaskModel):
             save_directory: The folder.
             is_main_process: Whether this process writes.
             state_dict: The tensors (default: the model's).
-            save_backbone: Whether to write the backbone's weights as well (default: only where the backbone has no
-                id or folder that it could be loaded from).
+            save_backbone: Whether to write all of the backbone's weights (default: only where the backbone has no id
+                or folder that it could be loaded from). Those that were trained are written in any case.
             **kwargs: Further arguments of `PreTrainedModel.save_pretrained`.
         """
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         if save_backbone is None:
             save_backbone = self.config.backbone_name is None
+        trained = self.note_trained()
         folders = self.adapter_tensors()
         elsewhere = {ours for names in folders.values() for ours in names}
         kept = {
             name: value
             for name, value in tensors.items()
-            if name not in elsewhere and (save_backbone or not name.startswith(_OF_BACKBONE))
+            if name not in elsewhere and (save_backbone or name in trained or not name.startswith(_OF_BACKBONE))
         }
         config, self.config = self.config, copy.deepcopy(self.config)
         self.config.backbone_saved = save_backbone
@@ -166,7 +208,7 @@ class FrozenBackboneModel(MultiTaskModel):
                 raise ValueError(f"{str(place)!r} is a link that leads out of the folder; remove it")
             place.mkdir(parents=True, exist_ok=True)
             adapter = self.adapter_config(folder)
-            adapter.base_model_name_or_path = self.config.backbone_name
+            adapter.base_model_name_or_path = None if trained else self.config.backbone_name
             adapter.inference_mode = True
             adapter.save_pretrained(str(place))
             own = {peft: tensors[ours].detach().cpu().contiguous() for ours, peft in names.items()}
@@ -223,7 +265,8 @@ class FrozenBackboneModel(MultiTaskModel):
         if not config.backbone_saved:
             if backbone is None:
                 _check_source(config.backbone_name, folder)
-            tensors |= _backbone_tensors(config, backbone, skeleton.lm_head is not None)
+            _check_trained(config, tensors, folder)
+            tensors = _backbone_tensors(config, backbone, skeleton.lm_head is not None) | tensors
         elif backbone is not None:
             raise ValueError(f"{str(folder)!r} holds the backbone's weights; leave out backbone={backbone!r}")
         asked = kwargs.pop("output_loading_info", False)
@@ -239,17 +282,29 @@ class FrozenBackboneModel(MultiTaskModel):
         return model
 
     def load_adapters(self, folder: str | Path) -> None:
-        """Load what `save_pretrained` wrote in PEFT's format into this model; heads and backbone stay as they are.
+        """Load what `save_pretrained` wrote in PEFT's format into this model; the heads stay as they are.
+
+        So do trained parameters of the backbone, which are with the heads. Those that were not trained yet when the
+        folder was written get the backbone's own values back.
 
         Raises:
             ValueError: An adapter is missing, or has another shape.
         """
+        loaded: dict[str, Tensor] = {}
         for part in self.adapter_tensors():
-            loaded = self._read_adapter(folder, part, {})
-            check_shapes(self, headers_of(loaded), folder)
-            with torch.no_grad():
-                for name, value in loaded.items():
-                    self.get_parameter(name).copy_(value)
+            adapter = self._read_adapter(folder, part, {})
+            check_shapes(self, headers_of(adapter), folder)
+            loaded |= adapter
+        saved = {name for name in read_headers(find_weights(folder, {})) if name.startswith(_OF_BACKBONE)}
+        trained = self.note_trained()
+        if self.config.backbone_name is not None and saved - trained:
+            self.config.backbone_trained = sorted(trained | saved)
+        if trained - saved:
+            original = _backbone_tensors(self.config, None, self.lm_head is not None)
+            loaded |= {name: original[name] for name in trained - saved}
+        with torch.no_grad():
+            for name, value in loaded.items():
+                self.get_parameter(name).copy_(value)
 
     def tensors_elsewhere(self) -> set[str]:
         """Return the names of the tensors that are not in `model.safetensors`."""
@@ -275,6 +330,22 @@ class FrozenBackboneModel(MultiTaskModel):
                 f"{extra[:3]} too much"
             )
         return {ours: saved[peft] for ours, peft in names.items()}
+
+
+def _note_pass(model: FrozenBackboneModel, args: Any) -> None:
+    if torch.is_grad_enabled():
+        model.note_trained()
+
+
+def _check_trained(config: FrozenBackboneConfig, tensors: Mapping[str, Tensor], folder: Any) -> None:
+    """Raise ValueError where a saved model does not hold the parameters of its backbone that were trained."""
+    named, found = set(config.backbone_trained or ()), {name for name in tensors if name.startswith(_OF_BACKBONE)}
+    if named != found:
+        raise ValueError(
+            f"the configuration of {str(folder)!r} names {len(named)} trained tensors of the backbone in "
+            f"backbone_trained and its weights hold {len(found)}; lacking are {sorted(named - found)[:3]}, too much "
+            f"are {sorted(found - named)[:3]}"
+        )
 
 
 def _check_source(source: str | None, folder: Any) -> None:

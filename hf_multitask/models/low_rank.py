@@ -58,7 +58,7 @@ class LowRankHook:
     Args:
         path: The layer's name in the backbone, for errors.
         rows: Where the model says whose rows pass.
-        own: Each task's pair for this layer.
+        own: Each task's pair for this layer; empty where all tasks have the shared pair alone.
         shared: The pair that all tasks share, or None.
         dropout: Probability with which an element of the products' input is 0 in training. All products of a layer
             see the same elements.
@@ -79,6 +79,8 @@ class LowRankHook:
         if self.rows.value is None:
             return None
         hidden, slices = args[0], self.rows.value.slices
+        if not self.own:
+            slices = slices[:1]  # all rows are treated alike, whose ever they are
         if len(slices) > 1 and len(hidden) != slices[-1][2]:
             # Some attentions pack the tokens of all rows into one: then nobody knows any more whose they are.
             raise ValueError(
@@ -94,7 +96,7 @@ class LowRankHook:
 
     def pairs(self, task: str) -> list[LowRank]:
         """Return the pairs whose products a task's rows get."""
-        return [self.own[task]] + ([] if self.shared is None else [self.shared])
+        return [pair for pair in (self.own.get(task), self.shared) if pair is not None]
 
     def _weights(self, task: str) -> tuple[Tensor, Tensor]:
         """Return `[r, in]` and, scaled, `[out, r]` for a task; with a shared pair r is the sum of both ranks.

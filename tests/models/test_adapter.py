@@ -397,6 +397,46 @@ def test_peft_trains_to_the_same_gradients(tmp_path, shared_rank):
     assert not expected and not found
 
 
+# ---- one adapter that all tasks share, and no other ----
+
+
+@backbones
+def test_a_shared_adapter_alone_takes_one_pass_and_is_pefts_lora(tmp_path, name):
+    model, batch = make_model(name, rank=0), make_batch()
+    assert model.shares_rows and not len(model.adapters)
+    calls = count_calls(model)
+    logits = model(**batch).logits
+    assert calls == [6] and list(logits) == SERVED
+    mixed = model(**batch, segments=SEGMENTS, single_pass=True).logits
+    for task, segment in SEGMENTS.items():
+        if task in SERVED:
+            torch.testing.assert_close(mixed[task], logits[task][segment.start : segment.stop], rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapters").exists()
+    peft = PeftModel.from_pretrained(make_backbone(name), tmp_path / "shared_adapter").eval()
+    expected = peft(**batch, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(hidden_of(model, "names", batch), expected, rtol=1e-6, atol=1e-6)
+    hard = model.to_scheme("hard")
+    for task, values in hard(**batch).logits.items():
+        torch.testing.assert_close(values, logits[task], rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_adapter_alone_gets_the_gradients_of_all_tasks():
+    model, batch = make_model(rank=0).train(), make_batch()
+    shared = [id(parameter) for parameter in model.shared_parameters()]
+    assert shared == [id(parameter) for parameter in model.shared_adapter.parameters()]
+    model(**batch, segments=SEGMENTS, labels=make_labels(SEGMENTS)).loss.backward()
+    together = gradients(model)
+    model.zero_grad()
+    total = sum(segment.rows for segment in SEGMENTS.values())
+    for task, segment in SEGMENTS.items():
+        own = {task: Segment(0, segment.rows, segment.length)}
+        weight = segment.rows / total * next(one.weight for one in model.tasks if one.name == task)
+        labels = {task: make_labels(SEGMENTS)[task]}
+        model(**rows_of(batch, segment), segments=own, labels=labels, loss_weights={task: weight}).loss.backward()
+    assert_close(gradients(model), together)
+
+
 # ---- merging ----
 
 
@@ -568,8 +608,10 @@ def test_a_task_without_rows_takes_part_with_a_gradient_of_zero():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "^rank must be a whole number of at least 1, got 0"),
-        ({"rank": 1.5}, "^rank must be a whole number of at least 1, got 1.5"),
+        ({"rank": 1.5}, "^rank must be a whole number, 0 for a shared adapter alone .* got 1.5"),
+        ({"rank": -1}, "^rank must be a whole number, 0 for a shared adapter alone .* got -1"),
+        ({"rank": 0}, "rank=0 and shared_rank=0 leave no adapter"),
+        ({"rank": 0, "shared_rank": 2, "lora_alpha": 3}, "lora_alpha=3 is for the tasks' own adapters"),
         ({"shared_rank": -1}, "shared_rank must be a whole number, 0 for no shared adapter .* got -1"),
         ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\), got 1.0"),
         ({"lora_alpha": 0}, "lora_alpha must be above 0, got 0"),
