@@ -28,13 +28,14 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .data.preprocessing import check_tokenizer, longest_input
 from .generation import check_generation
 from .models.auto import AutoModelForMultiTask
 from .models.base import MultiTaskModel
 from .models.configuration import MultiTaskConfig
+from .models.manifest import check_named
 from .models.task import Task, TaskType, closest
 from .prediction_answers import find_entities, text_answer
 from .prediction_inputs import Reading, Text, check_options, read_input
@@ -60,6 +61,7 @@ def load_model(folder: str | Path) -> tuple[MultiTaskModel, Any]:
     name = str(folder)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"model folder {name!r} does not exist")
+    check_named(name, [CONFIG_NAME])
     config = AutoConfig.from_pretrained(name)
     if not isinstance(config, MultiTaskConfig):
         raise ValueError(f"{name!r} holds a {config.model_type!r} model, which is no multi-task model")

@@ -14,6 +14,7 @@ from hf_multitask import AutoModelForMultiTask, Task
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.models.base import MultiTaskModel
 from hf_multitask.models.conversion import select_tasks
+from hf_multitask.models.manifest import write_manifest
 from hf_multitask.models.passes import Segment
 
 # Every scheme, and the options of one that make another of it.
@@ -109,6 +110,7 @@ def test_heads_of_another_label_count_are_refused(tmp_path, kind):
     config = json.loads(file.read_text())
     next(task for task in config["tasks"] if task["name"] == "names")["labels"].append("B-time")
     file.write_text(json.dumps(config))
+    write_manifest(tmp_path)
     with pytest.raises(ValueError, match=r"heads\.names.* has the shape"):
         AutoModelForMultiTask.from_pretrained(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Commands for trained models: `predict`, `export`, `push`."""
+"""Commands for trained models: `predict`, `export`, `push`, `manifest`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from .app import app, plain_errors
 
-__all__ = ["export", "predict", "push"]
+__all__ = ["export", "manifest", "predict", "push"]
 
 
 @app.command()
@@ -111,6 +111,27 @@ def push(
             return
         options: dict[str, Any] = {"private": private or None, "revision": revision, "message": message}
         typer.echo(push_folder(folder, repo_id, **parts, **options).commit_url)
+
+
+@app.command()
+def manifest(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a trained model, or a checkpoint.")],
+    check: Annotated[bool, typer.Option("--check", help="Only list the files that have changed.")] = False,
+) -> None:
+    """Record the files of a saved model as they are now, after some were changed on purpose."""
+    with plain_errors():
+        from ..models.manifest import MANIFEST_NAME, changed_files, write_manifest
+
+        if check:
+            if not (folder / MANIFEST_NAME).is_file():
+                raise FileNotFoundError(f"{str(folder)!r} has no {MANIFEST_NAME}: there is nothing to compare with")
+            faults = changed_files(folder)
+            if faults:
+                raise ValueError("\n".join([f"{len(faults)} files of {str(folder)!r} differ:", *faults.values()]))
+            typer.echo("every recorded file is as it was saved")
+            return
+        changed = write_manifest(folder)
+        typer.echo("\n".join(f"recorded {name}" for name in changed) or "nothing has changed")
 
 
 def _read_file(path: Path) -> list[Any]:

@@ -22,6 +22,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME
 
 from ..models.auto import SCHEMES
+from ..models.manifest import check_named, saving
 
 __all__ = ["CODE_FOLDER", "write_code"]
 
@@ -39,11 +40,12 @@ def write_code(folder: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: There is no `config.json`.
-        ValueError: It is not that of a multi-task model.
+        ValueError: It is not that of a multi-task model, or has changed since the model was saved.
     """
     file = Path(folder, CONFIG_NAME)
     if not file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no saved model: {CONFIG_NAME} is missing")
+    check_named(folder, [CONFIG_NAME])
     config = json.loads(file.read_text(encoding="utf-8"))
     kind = config.get("model_type")
     by_type = {model.config_class.model_type: model for model in SCHEMES.values()}
@@ -55,12 +57,15 @@ def write_code(folder: str | Path) -> list[str]:
     home = Path(str(sys.modules[model.__module__].__file__))
     sources = sorted({home, *map(Path, get_relative_import_files(home))})
     place = Path(folder, CODE_FOLDER)
-    if place.is_dir():
-        shutil.rmtree(place)
-    place.mkdir()
-    for source in sources:
-        shutil.copyfile(source, place / source.name)
-    names = {"AutoConfig": model.config_class.__name__, "AutoModel": model.__name__}
-    config["auto_map"] = {auto: f"{CODE_FOLDER}/{home.stem}.{name}" for auto, name in names.items()}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return [f"{CODE_FOLDER}/{source.name}" for source in sources]
+    written = [f"{CODE_FOLDER}/{source.name}" for source in sources]
+    with saving(folder, only_changes=True) as recording:
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.mkdir()
+        for source in sources:
+            shutil.copyfile(source, place / source.name)
+        names = {"AutoConfig": model.config_class.__name__, "AutoModel": model.__name__}
+        config["auto_map"] = {auto: f"{CODE_FOLDER}/{home.stem}.{name}" for auto, name in names.items()}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        recording.add(CONFIG_NAME, *written)
+    return written

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,6 +29,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from ..models.auto import AutoModelForMultiTask
 from ..models.frozen import FrozenBackboneConfig
+from ..models.manifest import MANIFEST_NAME, check_named, manifest_of, read_manifest
 from .code import CODE_FOLDER, write_code
 from .handler import write_handler
 from .model_card import write_model_card
@@ -37,6 +38,7 @@ from .push_files import PushFile, PushPlan, check_saved_model, is_local_folder, 
 __all__ = ["prepare_push", "push_folder", "readable_errors"]
 
 _CARD = "README.md"
+_EDITED = (_CARD, "handler.py", "requirements.txt")  # made for the push, and changed by hand later on
 _PART_FOLDERS = ("adapters/", "shared_adapter/", f"{CODE_FOLDER}/")
 
 
@@ -107,7 +109,7 @@ def push_folder(
 def _is_of_model(path: str) -> bool:
     """Return whether a file of a repository would be taken for a part of the model."""
     weights = path == SAFE_WEIGHTS_INDEX_NAME or (path.startswith("model") and path.endswith(".safetensors"))
-    return ("/" not in path and weights) or path.startswith(_PART_FOLDERS)
+    return path == MANIFEST_NAME or ("/" not in path and weights) or path.startswith(_PART_FOLDERS)
 
 
 @contextmanager
@@ -128,11 +130,12 @@ def prepare_push(
 
     Raises:
         FileNotFoundError: The folder holds no complete model.
-        ValueError: It holds another kind of model.
+        ValueError: It holds another kind of model, or a file of it has changed since it was saved.
     """
     folder = Path(folder)
     config = check_saved_model(folder)
     plan = plan_files(folder)
+    check_named(folder, [file.path for file in plan.files])
     with tempfile.TemporaryDirectory() as place:
         made = Path(place)
         if isinstance(config, FrozenBackboneConfig) and not config.backbone_saved:
@@ -167,7 +170,19 @@ def prepare_push(
         if SAFE_WEIGHTS_NAME in files:  # what is loaded; shards beside it are of an older model
             files = {path: file for path, file in files.items() if not fnmatch(path, "model*-of-*.safetensors")}
             files.pop(SAFE_WEIGHTS_INDEX_NAME, None)
+        if MANIFEST_NAME in files:
+            manifest = made / MANIFEST_NAME
+            manifest.write_text(_new_manifest(folder, made, files), encoding="utf-8")
+            files[MANIFEST_NAME] = PushFile(MANIFEST_NAME, manifest, manifest.stat().st_size)
         yield PushPlan(tuple(files[path] for path in sorted(files)), plan.left_out)
+
+
+def _new_manifest(folder: Path, made: Path, files: Mapping[str, PushFile]) -> str:
+    """Return the manifest of what is sent: the files in the manifest of the folder, and those made for the push."""
+    before = read_manifest(folder) or {"files": {}, "run": {}}
+    written = {path for path in files if (made / path).is_file() and path not in _EDITED}
+    recorded = {path: files[path].source for path in files if path in before["files"] or path in written}
+    return manifest_of({path: source for path, source in recorded.items() if path != MANIFEST_NAME}, before.get("run"))
 
 
 def _forget_folder(file: Path) -> None:

@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ..models.auto import SCHEMES
 from ..models.configuration import MultiTaskConfig
 from ..models.frozen import FrozenBackboneConfig, FrozenBackboneModel
+from ..models.manifest import check_named
 
 __all__ = ["PushFile", "PushPlan", "check_saved_model", "format_size", "is_local_folder", "plan_files"]
 
@@ -166,6 +167,7 @@ def check_saved_model(folder: str | Path) -> MultiTaskConfig:
         raise FileNotFoundError(f"folder {str(folder)!r} does not exist")
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no saved model: {CONFIG_NAME} is missing")
+    check_named(folder, [CONFIG_NAME])
     config: Any = AutoConfig.from_pretrained(str(folder))
     if not isinstance(config, MultiTaskConfig):
         raise ValueError(f"{str(folder)!r} holds a {config.model_type!r} model, which is no multi-task model")

@@ -8,11 +8,13 @@ from typing import Any
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.utils import CONFIG_NAME
 
 from .adapter import AdapterModel
 from .base import MultiTaskModel
 from .conditioned import ConditionedModel
 from .hard_sharing import HardSharingModel
+from .manifest import check_named
 from .mixture_of_experts import MixtureOfExpertsModel
 from .prefix import PrefixModel
 from .saved_config import check_config_file
@@ -46,10 +48,12 @@ class AutoModelForMultiTask(_BaseAutoModelClass):
         """Load a saved model of whatever scheme.
 
         Raises:
-            ValueError: The configuration is of no scheme, or the weights do not fit it.
+            ValueError: The configuration is of no scheme, the weights do not fit it, or a file has changed since it was
+                saved.
             OSError: There is no such folder, or it holds no safetensors.
         """
         if kwargs.get("config") is None:
+            check_named(pretrained_model_name_or_path, [CONFIG_NAME], kwargs, needed=True)
             check_config_file(pretrained_model_name_or_path, kwargs, known=[type_of(m) for m in SCHEMES.values()])
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import CONFIG_NAME
 
 from .limits import shown
+from .manifest import check_named, saving
 from .saved_config import CONFIG_VERSION, check_config, check_config_file, migrate
 from .task import Task, check_tasks
 from .task_options import check_generation_options
@@ -86,8 +90,17 @@ class MultiTaskConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         """Read a saved configuration, after checking its file."""
+        check_named(pretrained_model_name_or_path, [CONFIG_NAME], kwargs, needed=True)
         check_config_file(pretrained_model_name_or_path, kwargs)
         return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the configuration as `PreTrainedConfig` does; in the folder of a saved model, record the change."""
+        if Path(save_directory).is_file():
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with saving(save_directory, only_changes=True) as recording:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            recording.add(CONFIG_NAME)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -96,6 +109,8 @@ class MultiTaskConfig(PreTrainedConfig):
         Raises:
             ValueError: It is of a newer version or another scheme, or a value does not fit.
         """
+        if os.path.isdir(folder := kwargs.get("name_or_path") or ""):  # `AutoConfig` has read it by itself
+            check_named(folder, [CONFIG_NAME])
         if not isinstance(config_dict, dict):
             raise ValueError(f"a configuration must be a dictionary, got {type(config_dict).__name__}")
         check_config(config_dict, cls.model_type)

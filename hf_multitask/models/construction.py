@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from .all_heads import make_head
 from .backbone import align_memory, backbone_options, cast_parameters, default_pooling, load_backbone
 from .configuration import MultiTaskConfig
 from .encoder_decoder import drop_decoder
 from .language_head import LanguageHead, is_tied
+from .manifest import Recording, check_named, read_manifest, saving
 from .pretrained_language import LanguageParts, load_language_model
 from .rows import CurrentRows
 from .saved_config import HUB_OPTIONS
-from .saved_weights import check_fits, find_weights, meta_model, read_headers, refuse_report
+from .saved_weights import check_fits, find_weights, meta_model, read_headers, refuse_report, weight_names
 from .scheme import SharingScheme
 from .task import Task, check_tasks, closest
 from .task_type import TaskType
@@ -33,6 +37,10 @@ logger = logging.get_logger(__name__)
 
 # Fields of the configuration that come with the backbone's checkpoint, and its version.
 _FOUND = ("generation", "untied_vocabulary", "config_version")
+_PARTS = ("/adapter_model.safetensors", "/adapter_config.json")
+_DYNAMIC = "transformers_modules."  # where Transformers puts code that came with a model
+# Arguments of `save_pretrained` that are meant for a push.
+_HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 
 
 class ConstructedModel(SharingScheme):
@@ -160,9 +168,9 @@ class ConstructedModel(SharingScheme):
         Only safetensors and JSON are read, and nothing is built of a configuration that its weights do not fit.
 
         Raises:
-            ValueError: The configuration is no model's that can be built, or the weights are not all of that model's,
-                or more. With `output_loading_info=True` what is missing or too much is in the report instead, as in
-                Transformers, and parameters that are missing start at random.
+            ValueError: The configuration is no model's that can be built, the weights are not all of that model's, or
+                more, or a file has changed since it was saved. With `output_loading_info=True` what is missing or too
+                much is in the report instead, as in Transformers, and parameters that are missing start at random.
             OSError: There is no such folder, or it holds no safetensors.
         """
         asked = kwargs.pop("output_loading_info", False)
@@ -189,6 +197,7 @@ class ConstructedModel(SharingScheme):
     @classmethod
     def _check_folder(cls, folder: Any, options: dict[str, Any], gaps: bool) -> None:
         """Check that a saved model is one, before memory is taken for it; see [`saved_weights`]."""
+        cls._check_description(folder, options)
         files = find_weights(folder, options, options.get("variant"))
         config = options.get("config")
         if not isinstance(config, PreTrainedConfig):
@@ -202,6 +211,59 @@ class ConstructedModel(SharingScheme):
         if options.get("ignore_mismatched_sizes") or options.get("quantization_config") is not None:
             return
         check_fits(meta_model(cls, config, folder), read_headers(files), folder, packed, gaps)
+
+    @classmethod
+    def _check_description(cls, folder: Any, options: Mapping[str, Any]) -> None:
+        """Raise ValueError where a configuration in a saved model, or the code in it that is used, has changed."""
+        manifest = read_manifest(folder, options)
+        if manifest is not None:
+            endings = _PARTS[1:] + ((".py",) if cls.__module__.startswith(_DYNAMIC) else ())
+            check_named(folder, [CONFIG_NAME, *(name for name in manifest["files"] if name.endswith(endings))], options)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as `PreTrainedModel` does, with a manifest of its files (see [`manifest`]).
+
+        Args:
+            save_directory: The folder. Files of an older model in it are replaced; until all are, it is marked as
+                incomplete.
+            is_main_process: Whether this process writes.
+            state_dict: The tensors (default: the model's).
+            push_to_hub: Whether to push the model afterwards.
+            **kwargs: Further arguments of `PreTrainedModel.save_pretrained`.
+        """
+        if os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+            return
+        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if push_to_hub and key in kwargs}
+        with saving(save_directory, is_main_process) as recording:
+            single, index = weight_names(kwargs.get("variant"))
+            if is_main_process:  # Transformers deletes old shards, but what lists them would be taken for a new list
+                recording.remove(index)
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            if is_main_process:
+                self._record(recording, single, index)
+        if push_to_hub and is_main_process:
+            repo = hub.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo, **hub)
+
+    @staticmethod
+    def _record(recording: Recording, single: str, index: str) -> None:
+        """Record the files that `PreTrainedModel.save_pretrained` wrote."""
+        recording.remove(*(name for name in recording.kept if name.endswith(_PARTS)))  # new ones are written after this
+        recording.add_known([CONFIG_NAME, GENERATION_CONFIG_NAME, index])
+        if (recording.folder / index).is_file():
+            content = json.loads((recording.folder / index).read_text(encoding="utf-8"))
+            recording.add(*content["weight_map"].values())
+            recording.remove(single)  # of an older model; it would be loaded in place of the shards
+        else:
+            recording.add(single)
 
     def _settle_decoder(self, backbone: PreTrainedModel) -> None:
         """Take the decoder out of an encoder-decoder, where no task writes.

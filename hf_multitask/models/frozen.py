@@ -33,6 +33,7 @@ from .base import MultiTaskModel
 from .configuration import MultiTaskConfig
 from .language_head import CausalLanguageHead
 from .limits import is_text, shown
+from .manifest import Recording, check_files, saving
 from .pretrained_language import load_language_model
 from .saved_config import HUB_OPTIONS
 from .saved_weights import (
@@ -196,12 +197,22 @@ class FrozenBackboneModel(MultiTaskModel):
         }
         config, self.config = self.config, copy.deepcopy(self.config)
         self.config.backbone_saved = save_backbone
-        try:
-            super().save_pretrained(save_directory, is_main_process, kept, **kwargs)
-        finally:
-            self.config = config
-        if not is_main_process:
-            return
+        with saving(save_directory, is_main_process) as recording:
+            try:
+                super().save_pretrained(save_directory, is_main_process, kept, **kwargs)
+            finally:
+                self.config = config
+            if is_main_process:
+                self._save_adapters(save_directory, folders, tensors, recording)
+
+    def _save_adapters(
+        self,
+        save_directory: Any,
+        folders: Mapping[str, dict[str, str]],
+        tensors: Mapping[str, Tensor],
+        recording: Recording,
+    ) -> None:
+        """Write what tasks train in PEFT's format."""
         for folder, names in folders.items():
             place = Path(save_directory, folder)
             if not place.resolve().is_relative_to(Path(save_directory).resolve()):
@@ -213,6 +224,7 @@ class FrozenBackboneModel(MultiTaskModel):
             adapter.save_pretrained(str(place))
             own = {peft: tensors[ours].detach().cpu().contiguous() for ours, peft in names.items()}
             save_file(own, place / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            recording.add(f"{folder}/{_ADAPTER_WEIGHTS}", f"{folder}/{_ADAPTER_CONFIG}")
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **options: Any) -> Any:
         """Upload what `push_to_hub` saved; `PreTrainedModel` looks one folder deep, and adapters lie in two."""
@@ -254,6 +266,7 @@ class FrozenBackboneModel(MultiTaskModel):
         for key, value in fields.items():
             setattr(config, key, value)
         where.pop("trust_remote_code", None)
+        cls._check_description(folder, where)
         files = find_weights(folder, where, kwargs.pop("variant", None))
         skeleton = meta_model(cls, config, folder)
         tensors: dict[str, Tensor] = {}
@@ -313,13 +326,14 @@ class FrozenBackboneModel(MultiTaskModel):
 
     def _read_adapter(self, folder: Any, part: str, where: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the tensors of one adapter of a saved model, by our names."""
-        where = {**where, "subfolder": "/".join(filter(None, (where.get("subfolder", ""), part)))}
-        file = cached_file(folder, _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **where)
+        inside = {**where, "subfolder": "/".join(filter(None, (where.get("subfolder", ""), part)))}
+        file = cached_file(folder, _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **inside)
         if file is None:
             raise ValueError(
                 f"{str(folder)!r} has no {part}/{_ADAPTER_WEIGHTS}, the part of a task in its configuration; "
                 f"the parts are {', '.join(self.adapter_tensors())}"
             )
+        check_files(folder, {f"{part}/{_ADAPTER_WEIGHTS}": file}, where)
         saved = read_tensors(file)
         names = self.adapter_tensors()[part]
         missing = sorted(set(names.values()) - set(saved))

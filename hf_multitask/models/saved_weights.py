@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .limits import shown
+from .manifest import check_files
 from .saved_config import HUB_OPTIONS, load_json
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "read_headers",
     "read_tensors",
     "refuse_report",
+    "weight_names",
 ]
 
 Headers = dict[str, tuple[tuple[int, ...], str]]
@@ -52,19 +54,18 @@ def find_weights(folder: Any, options: Mapping[str, Any], variant: str | None = 
 
     Raises:
         OSError: There are none.
-        ValueError: The list of several files is broken, or names a file outside the folder.
+        ValueError: The list of several files is broken, or names a file outside the folder; or a file is not the one
+            that was saved (see [`manifest`]).
     """
     where: dict[str, Any] = {key: options[key] for key in HUB_OPTIONS if key in options and key != "trust_remote_code"}
     where["_raise_exceptions_for_missing_entries"] = False
 
-    def named(name: str) -> str:
-        return name if variant is None else f"{name.removesuffix('.safetensors')}.{variant}.safetensors"
-
-    file = cached_file(folder, named(SAFE_WEIGHTS_NAME), **where)
+    single, listed = weight_names(variant)
+    file = cached_file(folder, single, **where)
     if file is not None:
+        check_files(folder, {Path(file).name: file}, options)
         return [Path(file)]
-    stem, ending = SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json"), ".json"
-    index = cached_file(folder, stem + (f".{variant}" if variant else "") + ending, **where)
+    index = cached_file(folder, listed, **where)
     if index is None:
         pickles = [name for name in _PICKLES if cached_file(folder, name, **where) is not None]
         if pickles:
@@ -72,7 +73,8 @@ def find_weights(folder: Any, options: Mapping[str, Any], variant: str | None = 
                 f"{str(folder)!r} has {pickles[0]}, which is a pickle and may run code: it is not read; save the model "
                 "again with save_pretrained, which writes safetensors"
             )
-        raise OSError(f"{str(folder)!r} has no {named(SAFE_WEIGHTS_NAME)}: it is no saved model")
+        raise OSError(f"{str(folder)!r} has no {single}: it is no saved model")
+    check_files(folder, {Path(index).name: index}, options)
     content = load_json(index, f"{Path(index).name} of {str(folder)!r}", 2**30)
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not isinstance(content.get("metadata"), dict):
@@ -88,7 +90,24 @@ def find_weights(folder: Any, options: Mapping[str, Any], variant: str | None = 
         if found is None:
             raise OSError(f"{str(folder)!r} has no {shard}, which its {SAFE_WEIGHTS_INDEX_NAME} names")
         files.append(Path(found))
+    check_files(folder, {file.name: file for file in files}, options)
     return files
+
+
+def weight_names(variant: str | None = None) -> tuple[str, str]:
+    """Return the names of the weights in one file, and of the list of several files.
+
+    Args:
+        variant: As in `from_pretrained`: a part of the names.
+
+    Example:
+        >>> weight_names("fp16")
+        ('model.fp16.safetensors', 'model.safetensors.index.fp16.json')
+    """
+    if not variant:
+        return SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+    stem = SAFE_WEIGHTS_INDEX_NAME.removesuffix(".json")
+    return f"{SAFE_WEIGHTS_NAME.removesuffix('.safetensors')}.{variant}.safetensors", f"{stem}.{variant}.json"
 
 
 def read_headers(files: Iterable[Path]) -> Headers:

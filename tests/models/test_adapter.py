@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2Model, PreTrainedModel
 from hf_multitask import Task
 from hf_multitask.models.adapter import AdapterConfig, AdapterModel
 from hf_multitask.models.low_rank import LowRankHook
+from hf_multitask.models.manifest import write_manifest
 from hf_multitask.models.passes import Segment
 
 # Neither in alphabetical order nor with labels in it.
@@ -333,6 +334,7 @@ def test_a_missing_adapter_is_named(saved, part):
 def test_an_adapter_of_another_rank_is_refused(saved, option, part):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, option: 5}))
+    write_manifest(saved)
     with pytest.raises(
         ValueError, match=rf"{part}.*lora_A.* has the shape \[\d, 32\]; the configuration says \[5, 32\]"
     ):
@@ -342,6 +344,7 @@ def test_an_adapter_of_another_rank_is_refused(saved, option, part):
 def test_an_adapter_of_other_layers_is_refused(saved):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**config, "target_modules": ["query", "key"]}))
+    write_manifest(saved)
     with pytest.raises(ValueError, match="adapters/tone/adapter_model.safetensors .* is of another kind: it lacks"):
         AdapterModel.from_pretrained(saved)
 

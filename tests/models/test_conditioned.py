@@ -24,6 +24,7 @@ from transformers import (
 
 from hf_multitask import HardSharingModel
 from hf_multitask.models.conditioned import ConditionedConfig, ConditionedModel
+from hf_multitask.models.manifest import write_manifest
 from hf_multitask.models.passes import Segment
 
 NAMES = [task.name for task in TASKS]
@@ -381,6 +382,7 @@ def test_vectors_that_a_saved_model_lacks_are_reported_and_start_afresh(tmp_path
     weights = load_file(path)
     lost = {f"conditioning.names.{key}" for key in ("embedding", "scale", "shift")}
     save_file({key: value for key, value in weights.items() if key not in lost}, path, metadata={"format": "pt"})
+    write_manifest(tmp_path)
     loaded, info = ConditionedModel.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == lost
     own = loaded.conditioning["names"]

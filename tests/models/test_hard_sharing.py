@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from hf_multitask import AutoModelForMultiTask, HardSharingConfig, HardSharingModel, Task
+from hf_multitask.models.manifest import write_manifest
 from hf_multitask.models.passes import Segment
 
 # Neither in alphabetical order nor with labels in it.
@@ -191,6 +192,7 @@ def test_a_weight_that_a_saved_model_lacks_is_reported(tmp_path, warnings_of_tra
     weights = load_file(path)
     del weights[lost]
     save_file(weights, path, metadata={"format": "pt"})
+    write_manifest(tmp_path)
     _, info = HardSharingModel.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {lost}
     assert lost in warnings_of_transformers.text

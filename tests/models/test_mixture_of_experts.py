@@ -31,6 +31,7 @@ from transformers import (
 
 from hf_multitask import Task
 from hf_multitask.models.experts import FAMILIES, ExpertLayer, Experts
+from hf_multitask.models.manifest import write_manifest
 from hf_multitask.models.mixture_of_experts import MixtureOfExpertsConfig, MixtureOfExpertsModel
 from hf_multitask.models.passes import Segment
 
@@ -592,6 +593,7 @@ def test_what_a_checkpoint_lacks_is_initialised_and_reported(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     lost = [key for key in weights if ".intermediate." in key and "layer.1" in key]
     save_file({key: value for key, value in weights.items() if key not in lost}, tmp_path / "model.safetensors")
+    write_manifest(tmp_path)
     loaded, info = MixtureOfExpertsModel.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == set(lost) and len(lost) == 2 + 4 + len(TASKS)
     (layer,) = layers_of(loaded)

@@ -34,6 +34,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 from transformers.pytorch_utils import Conv1D
 
 from hf_multitask import Task
+from hf_multitask.models.manifest import write_manifest
 from hf_multitask.models.passes import Segment
 from hf_multitask.models.prefix import PrefixConfig, PrefixModel
 from hf_multitask.models.prefix_attention import ATTENTION_FAMILIES, CACHE_FAMILIES
@@ -568,7 +569,7 @@ def saved(tmp_path):
 def test_a_saved_model_is_loaded_bit_for_bit_without_a_copy_of_the_backbone(saved, name, tmp_path):
     model, folder, _ = saved(name)
     files = {str(path.relative_to(folder)) for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors"} | {
+    assert files == {"config.json", "model.safetensors", "multitask_manifest.json"} | {
         f"adapters/{task.name}/adapter_{part}" for task in TASKS for part in ("config.json", "model.safetensors")
     }
     kept = load_file(f"{folder}/model.safetensors")
@@ -637,11 +638,13 @@ def test_a_prefix_of_another_length_or_kind_is_refused(saved):
     model, folder, _ = saved()
     path = f"{folder}/adapters/names/adapter_model.safetensors"
     save_file({"prompt_embeddings": torch.zeros(N + 1, 128)}, path)
+    write_manifest(folder)
     with pytest.raises(ValueError, match=r"has the shape \[6, 128\]; the configuration says \[5, 128\]"):
         PrefixModel.from_pretrained(folder)
     with pytest.raises(ValueError, match=r"has the shape \[6, 128\]; the configuration says \[5, 128\]"):
         model.load_adapters(folder)
     save_file({"lora_A": torch.zeros(N, 128)}, path)
+    write_manifest(folder)
     with pytest.raises(ValueError, match=r"it lacks \['prompt_embeddings'\] and has \['lora_A'\] too much"):
         PrefixModel.from_pretrained(folder)
 
@@ -651,6 +654,7 @@ def test_a_prefix_that_peft_saved_can_be_put_in_place(saved):
     config = PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=N)
     trained = get_peft_model(AutoModel.from_pretrained(source), config).eval()
     trained.save_pretrained(f"{folder}/adapters/names")
+    write_manifest(folder)
     model = PrefixModel.from_pretrained(folder)
     batch = make_batch()
     found = hidden_states(model, batch, {"names": Segment(0, 5, 9)})[-1]

@@ -31,6 +31,7 @@ from hf_multitask import HardSharingModel, Task
 from hf_multitask.models import cross_stitch, encoder_distance
 from hf_multitask.models.cross_stitch import STITCHED_BACKBONES, CrossStitchUnits
 from hf_multitask.models.encoder_distance import parameters_by_layer, weighted_deviation
+from hf_multitask.models.manifest import write_manifest
 from hf_multitask.models.passes import Segment
 from hf_multitask.models.soft_sharing import SoftSharingConfig, SoftSharingModel
 
@@ -589,6 +590,7 @@ def test_a_weight_that_a_saved_model_lacks_is_reported_and_initialised(tmp_path,
     weights = load_file(tmp_path / "model.safetensors")
     del weights[lost]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(tmp_path)
     loaded, info = SoftSharingModel.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {lost}
     fresh = make_model(cross_stitch=True).get_parameter("stitches.weight")
