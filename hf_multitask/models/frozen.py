@@ -203,13 +203,15 @@ class FrozenBackboneModel(MultiTaskModel):
             finally:
                 self.config = config
             if is_main_process:
-                self._save_adapters(save_directory, folders, tensors, recording)
+                backbone = None if trained else self.config.backbone_name  # another one is none for PEFT
+                self._save_adapters(save_directory, folders, tensors, backbone, recording)
 
     def _save_adapters(
         self,
         save_directory: Any,
         folders: Mapping[str, dict[str, str]],
         tensors: Mapping[str, Tensor],
+        backbone: str | None,
         recording: Recording,
     ) -> None:
         """Write what tasks train in PEFT's format."""
@@ -219,7 +221,7 @@ class FrozenBackboneModel(MultiTaskModel):
                 raise ValueError(f"{str(place)!r} is a link that leads out of the folder; remove it")
             place.mkdir(parents=True, exist_ok=True)
             adapter = self.adapter_config(folder)
-            adapter.base_model_name_or_path = None if trained else self.config.backbone_name
+            adapter.base_model_name_or_path = backbone
             adapter.inference_mode = True
             adapter.save_pretrained(str(place))
             own = {peft: tensors[ours].detach().cpu().contiguous() for ours, peft in names.items()}
