@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .data.shared_tokenizer import tokenize
+from .data.words import first_tokens, space_ids, spaced, with_spaces
 from .models.base import MultiTaskModel
 from .models.passes import Segment
 from .models.task import Task
@@ -43,6 +44,8 @@ class Window:
         encoding: Its tokens, of the tokenizer's backend.
         part: Which of the texts is the one that is cut.
         cut: Whether something of the text is in no window.
+        spaces: Tokens that are nothing but a space.
+        spaced: Whether words have a space in front that was not there.
         tasks: The tasks that read it, by name.
         logits: By task, `[C]`, or `[L, C]` for its own L tokens; on the CPU, in float32.
     """
@@ -50,6 +53,8 @@ class Window:
     encoding: Any
     part: int = 0
     cut: bool = False
+    spaces: frozenset[int] = frozenset()
+    spaced: bool = False
     tasks: dict[str, Task] = field(default_factory=dict)
     logits: dict[str, Tensor] = field(default_factory=dict)
 
@@ -74,10 +79,14 @@ def cut_into_windows(
     Raises:
         ValueError: Windows would have no token of their own.
     """
+    words = not isinstance(texts[0][0], str)
+    about: dict[str, Any] = {"spaces": space_ids(tokenizer), "spaced": words and spaced(tokenizer)}
+    if about["spaced"]:
+        texts = [tuple(with_spaces(given)) for given in texts]
     if stride is None:
         windows = []
         for encoding in _tokenize(tokenizer, texts, length, truncation=True):
-            windows.append([Window(encoding, cut=bool(encoding.overflowing))])
+            windows.append([Window(encoding, cut=bool(encoding.overflowing), **about)])
         return windows
     parts = _longer(tokenizer, texts, length, stride, numbers)
     found: dict[int, list[Window]] = {}
@@ -86,7 +95,7 @@ def cut_into_windows(
         truncation = "only_second" if part else "only_first"
         own = _tokenize(tokenizer, [texts[i] for i in places], length, truncation=truncation, stride=stride)
         for place, encoding in zip(places, own, strict=True):
-            found[place] = [Window(each, part) for each in (encoding, *encoding.overflowing)]
+            found[place] = [Window(each, part, **about) for each in (encoding, *encoding.overflowing)]
     return [found[place] for place in range(len(texts))]
 
 
@@ -177,7 +186,7 @@ def word_probabilities(windows: Sequence[Window], text: Any, task: Task) -> tupl
     """
     best: dict[Word, tuple[int, int, int]] = {}  # of each word: context, window, token
     for number, window in enumerate(windows):
-        for word, token, context in _words_in(window.encoding, text):
+        for word, token, context in _words_in(window, text):
             if word not in best or context > best[word][0]:
                 best[word] = context, number, token
     words = sorted(best)
@@ -188,33 +197,34 @@ def word_probabilities(windows: Sequence[Window], text: Any, task: Task) -> tupl
     return words, rows.softmax(-1)
 
 
-def _words_in(encoding: Any, text: Any) -> list[tuple[Word, int, int]]:
+def _words_in(window: Window, text: Any) -> list[tuple[Word, int, int]]:
     """Return the words of a window: where they are in the text, their first token, and how much context that has."""
+    encoding = window.encoding
     sequence = encoding.sequence_ids
     places = [place for place, part in enumerate(sequence) if part == 0]
     if not places:
         return []
     first, last = places[0], places[-1]
     offsets = encoding.offsets
+    blank = [token in window.spaces for token in encoding.ids]
     found: list[tuple[Word, int, int]] = []
 
     def note(word: Word, token: int, begins: int) -> None:
-        inside = token == first and offsets[token][0] > begins  # its beginning is in the window before
-        found.append((word, token, -1 if inside else min(token - first, last - token)))
+        # Its beginning may be in the window before, or all but the space in front in the one after.
+        elsewhere = blank[token] or (token == first and offsets[token][0] > begins)
+        found.append((word, token, -1 if elsewhere else min(token - first, last - token)))
 
     if not isinstance(text, str):
-        seen: set[int] = set()
-        word_ids = encoding.word_ids
-        for token in places:
-            if (number := word_ids[token]) is not None and number not in seen:
-                seen.add(number)
-                note((number, number + 1), token, 0)
+        word_ids = [number if part == 0 else None for number, part in zip(encoding.word_ids, sequence, strict=True)]
+        for token in first_tokens(word_ids, blank):
+            number = encoding.word_ids[token]
+            note((number, number + 1), token, int(window.spaced and number > 0))
         return found
     token, position = first, offsets[first][0]
     for match in _WORD.finditer(text):
         if match.end() <= position:
             continue
-        while token <= last and offsets[token][1] <= match.start():
+        while token <= last and (offsets[token][1] <= match.start() or blank[token]):
             token += 1
         if token > last:
             break  # the rest is in no token of this window

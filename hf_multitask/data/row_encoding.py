@@ -15,10 +15,11 @@ from ..models.task import Task, TaskType
 from .labels import LabelEncoder, label_feature
 from .shared_tokenizer import tokenize
 from .sources import Source, label_key
+from .words import first_tokens, space_ids, spaced, with_spaces
 
 __all__ = ["RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
 
-_VERSION = 5  # part of the cache key: raise it when the prepared form changes
+_VERSION = 6  # part of the cache key: raise it when the prepared form changes
 
 
 class RowEncoder:
@@ -138,6 +139,8 @@ class TextRows(RowEncoder):
                 )
         self.tokenizer = tokenizer
         self.special_ids = frozenset(tokenizer.all_special_ids)
+        self.spaced = self.words and spaced(tokenizer)
+        self.space_ids = space_ids(tokenizer)
         pair = len(self.columns) == 2
         self.special_tokens = tokenizer.num_special_tokens_to_add(pair=pair)
         if max_length <= self.special_tokens:
@@ -169,7 +172,7 @@ class TextRows(RowEncoder):
                     raise ValueError(f"text None in row {row} of column {column!r}; filter such rows out")
         encoded = tokenize(
             self.tokenizer,
-            *texts,
+            *(map(with_spaces, texts) if self.spaced else texts),
             truncation=True,
             max_length=self.max_length,
             is_split_into_words=self.words,
@@ -197,7 +200,10 @@ class TextRows(RowEncoder):
                             f"task {task.name!r}: row {row} has {len(words)} words in column {self.columns[0]!r} and "
                             f"{len(tags)} labels in column {encoder.column!r}"
                         )
-                labels = [first_subword_labels(encoded.word_ids(i), tags) for i, tags in enumerate(labels)]
+                labels = [
+                    first_subword_labels(encoded.word_ids(i), tags, [token in self.space_ids for token in ids])
+                    for i, (tags, ids) in enumerate(zip(labels, encoded["input_ids"], strict=True))
+                ]
             result[label_key(task.name)] = labels
         return result
 
@@ -306,17 +312,23 @@ def word_numbers(word_ids: Sequence[int | None]) -> list[int]:
     return numbers
 
 
-def first_subword_labels(word_ids: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+def first_subword_labels(
+    word_ids: Sequence[int | None], tags: Sequence[int], blank: Sequence[bool] | None = None
+) -> list[int]:
     """Return one label per token: a word's at its first subword, -100 elsewhere.
+
+    Args:
+        word_ids: The number of each token's word, None for special tokens.
+        tags: The label of each word.
+        blank: Of each token, whether it is nothing but a space; one that is not comes first.
 
     Example:
         >>> first_subword_labels([None, 0, 1, 1, None], [3, 5])
         [-100, 3, 5, -100, -100]
     """
-    labels, previous = [], None
-    for word in word_ids:
-        labels.append(IGNORE_INDEX if word is None or word == previous else tags[word])
-        previous = word
+    labels = [IGNORE_INDEX] * len(word_ids)
+    for place in first_tokens(word_ids, blank):
+        labels[place] = tags[word_ids[place]]  # type: ignore[index]
     return labels
 
 
