@@ -1,10 +1,15 @@
 """The weights and coefficients of each optimizer step: what loss weighting and gradient combination decide together.
 
 Every task's loss L_t counts with `u_t = share_t · Task.weight_t · s_t · w_t`, s_t from the task's `weight_schedule` and
-w_t from the loss weighting, which does not see tasks that weigh nothing. With a gradient combination the shared
-parameters then get `Σ_t c_t m_t u_t g_t`, m_t the gates of auxiliary tasks (1 without `auxiliary_gating`) and c_t from
-the Gramian of the gradients m_t u_t g_t; heads, and whatever else one task alone trains, get their plain gradient
-`u_t g_t`. Where a method finds no solution the step takes the plain sum, which is counted and logged
+w_t from the loss weighting, which does not see tasks of weight 0. With a gradient combination the shared parameters
+then get `Σ_t c_t u_t g_t`; heads, and whatever else one task alone trains, get their plain gradient `u_t g_t`. The c_t
+are decided from the Gramian of the gradients g_t of the losses themselves: share, weight, schedule and the gate m_t of
+an auxiliary task (1 without `auxiliary_gating`) are applied to what the method makes of them, as
+[`hf_multitask.balancing.combination`] tells. So a smaller weight always means less influence.
+
+A loss weighting that is scale-aware finds the unit of each loss, and its w_t is part of the loss that a method sees,
+`w_t g_t`; the weights of others (`dwa`, `random`, objects without an attribute `scale_aware`) are applied like
+`Task.weight`. Where a method finds no solution the step takes the plain sum, which is counted and logged
 (`combination_fallbacks`).
 """
 
@@ -13,7 +18,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,10 +67,10 @@ class TaskBalancer:
             name = type(args.loss_weighting).__name__
             raise ValueError(f"loss_weighting {name}: its state_dict goes into checkpoints as JSON ({error})") from None
         kwargs = dict(args.combination_kwargs)
-        self._preference = _by_task(kwargs.get("preference"), tasks)
-        if self._preference is not None:
-            kwargs["preference"] = self._preference
+        if kwargs.get("preference") is not None:
+            kwargs["preference"] = _by_task(kwargs["preference"], tasks)
         self.combination = make_combination(args.gradient_combination, kwargs)
+        self.combination.for_tasks(range(len(tasks)), len(tasks))  # refuses a preference that does not fit
         self.gates = AuxiliaryGates(args.auxiliary_gating, tasks, args.primary_task)
         self._sums = args.gradient_combination == "sum"
         self.combines = not self._sums or self.gates.is_on
@@ -211,15 +215,14 @@ class TaskBalancer:
         factors = self.weigh(window, losses, step, epoch, norms if self.weighting.needs_gradient_norms else None)
         weights = torch.tensor([factors[self.tasks[task].name] for task in tasks], dtype=torch.float64)
         if self.decides(step):
-            gated = weights * self.gates.decide(gramian * weights[:, None] * weights, tasks)
+            gates = self.gates.decide(gramian * weights[:, None] * weights, tasks)
             if isinstance(gradients, TaskGradients) and self.combination.is_elementwise:
                 function = partial(self.combination.function, **self.combination.kwargs)
-                gradients.write_elementwise(tasks, gated, function, self._step_seed(step))
+                gradients.write_elementwise(tasks, gates * weights, function, self._step_seed(step))
                 return factors
-            self.coefficients = [1.0] * len(self.tasks)
+            self.coefficients = list(self.gates.values)
             if finite:  # otherwise a scaler found its limit: the step is going to be left out, whatever is written
-                self._decide(gramian * gated[:, None] * gated, tasks, step)
-            self.coefficients = [c * gate for c, gate in zip(self.coefficients, self.gates.values, strict=True)]
+                self._decide(gramian, gates, window, tasks, step)
         coefficients = torch.tensor([self.coefficients[task] for task in tasks], dtype=torch.float64)
         if isinstance(gradients, TaskSketches):
             gradients.clear()
@@ -230,28 +233,41 @@ class TaskBalancer:
     def _step_seed(self, step: int) -> int:
         return zlib.crc32(f"{self.seed} {step}".encode())
 
-    def _decide(self, gramian: Tensor, tasks: list[int], step: int) -> None:
-        """Ask the method; tasks that are absent have the coefficient 1, and all have it if there is no solution."""
+    def _decide(self, gramian: Tensor, gates: Tensor, window: Window, tasks: list[int], step: int) -> None:
+        """Ask the method; tasks that are absent have the coefficient 1, and all have their gate if it finds nothing.
+
+        Args:
+            gramian: `[T', T']`, of the gradients of the losses of T' tasks.
+            gates: `[T']`, their gates.
+            window: The window.
+            tasks: Their indices.
+            step: Number of the optimizer step.
+        """
         index = torch.tensor(tasks)
-        generator = torch.Generator().manual_seed(self._step_seed(step))
+        shares = window.shares(self._reduction)
+        share = torch.tensor([shares[self.tasks[task].name] for task in tasks], dtype=torch.float64)
+        weights = torch.tensor(self._scheduled(step), dtype=torch.float64)[index]
+        learned = torch.tensor(self.weights, dtype=torch.float64)[index]
+        if self.weighting.scale_aware:
+            gramian = gramian * learned[:, None] * learned
+        else:
+            weights = weights * learned
         memory = self.memory[index[:, None], index]
-        combination = self.combination
-        if self._preference is not None:
-            preference = [self._preference[task] for task in tasks]
-            combination = replace(combination, kwargs={**combination.kwargs, "preference": preference})
-        self.coefficients = [1.0] * len(self.tasks)
         try:
-            found = combination.coefficients(gramian, generator=generator, memory=memory)
+            found = self.combination.for_tasks(tasks, len(self.tasks)).weighted(
+                gramian, share, gates * weights, seed=self._step_seed(step), memory=memory
+            )
         except (RuntimeError, np.linalg.LinAlgError) as error:
             self.fallbacks += 1
             logger.warning(
-                f"gradient_combination {combination.name!r} found no solution in step {step} ({error}); "
+                f"gradient_combination {self.combination.name!r} found no solution in step {step} ({error}); "
                 f"this step takes the plain sum ({self.fallbacks} so far)"
             )
             return
         self.memory[index[:, None], index] = memory
-        for task, value in zip(tasks, found.tolist(), strict=True):
-            self.coefficients[task] = value
+        for task, value, weight in zip(tasks, found.tolist(), weights.tolist(), strict=True):
+            if weight:
+                self.coefficients[task] = value / weight
 
     # ---- what it tells ----
 

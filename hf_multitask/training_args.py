@@ -72,13 +72,16 @@ class MultiTaskTrainingArguments(TrainingArguments):
       its share and its `weight`; a name in `WEIGHTINGS`, or an object with a method `weights(observation)`. Weights are
       those of the step's own losses, so with gradient accumulation all but `static` need `gradient_memory` too.
     - `gradient_combination`, `gradient_combination_kwargs`: how the tasks' gradients on the shared parameters become
-      one; a name in `COMBINATIONS`, `graddrop`, or a weighting of `torchjd`. All but `sum` hold a copy of the shared
-      gradient per task.
+      one; a name in `COMBINATIONS`, `graddrop`, or a weighting of `torchjd` (or anything else that makes coefficients
+      of a Gramian; with unequal weights it is asked for the more heavily weighted tasks alone, too). Methods see the
+      gradients of the losses themselves; weights say in how much of the update a task takes part, so that a smaller one
+      always means less influence. All but `sum` hold a copy of the shared gradient per task.
     - `auxiliary_gating`: how the gradient of an auxiliary task on the shared parameters counts; a name in
       [`hf_multitask.balancing.gating.GATINGS`]. `cosine` lets it count in full while it does not conflict with the
       primary task's (without `primary_task`, with the weighted sum of all tasks that are not auxiliary) and not at all
-      while it does; `weighted_cosine` as far as they agree. None, the default, does not look. It comes before the
-      gradient combination, at the same steps and price. In a step that lacks rows of either, everything counts.
+      while it does; `weighted_cosine` as far as they agree. None, the default, does not look. A gate multiplies the
+      task's weight, at the steps and the price of a gradient combination. In a step that lacks rows of either,
+      everything counts.
     - `combination_every`: optimizer steps between two decisions; in between coefficients and gates are used again, at
       the price of a plain step.
     - `gradient_memory`: `buffer` keeps the gradients of all tasks, T + 1 times the shared parameters in float32;

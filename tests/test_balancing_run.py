@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from datasets import Dataset
 
 from hf_multitask import DataCollatorForMultiTask, HardSharingModel, Task
 from hf_multitask.balancer import TaskBalancer
-from hf_multitask.balancing.combination import COMBINATIONS
+from hf_multitask.balancing.combination import COMBINATIONS, Combination
 from hf_multitask.balancing.elementwise import ELEMENTWISE
 from hf_multitask.balancing.weighting import WEIGHTINGS
 
@@ -132,6 +133,83 @@ def test_heads_take_their_plain_gradient(run, method, memory):
             assert torch.allclose(value, combined[name], rtol=1e-5, atol=1e-8), name
 
 
+@pytest.fixture
+def moved(bert, tasks, make_trainer):
+    """A function that takes one plain step, and returns by how much what is shared and what is not has moved."""
+    start = weights(bert)
+
+    def step(weight, **options):
+        bert.load_state_dict(start)
+        changed = [*tasks[:3], replace(tasks[3], auxiliary=True, weight=weight)]
+        torch.manual_seed(1)
+        model = HardSharingModel.from_backbone(bert, changed)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        before = weights(model)
+        arguments = dict(optim="sgd", learning_rate=1.0, max_grad_norm=0.0, max_steps=1, lr_scheduler_type="constant")
+        make_trainer(model, **{"task_sampling": "uniform", **arguments, **options}).train()
+        change = {name: value - before[name] for name, value in weights(model).items()}
+        return [
+            torch.cat([value.flatten() for name, value in change.items() if name.startswith(part)])
+            for part in ("backbone", "heads.names")
+        ]
+
+    return step
+
+
+class InverseNorms:
+    """A combination of the user's own."""
+
+    def __call__(self, gramian):
+        return 1 / gramian.diagonal().sqrt()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[pytest.param(dict(gradient_combination=method), id=method) for method in COMBINATIONS],
+        pytest.param(dict(gradient_combination=InverseNorms()), id="an object"),
+        pytest.param(dict(gradient_combination="mgda", loss_reduction="tasks"), id="equal shares"),
+        pytest.param(dict(gradient_combination="fairgrad", gradient_memory="sketch"), id="by sketches"),
+        pytest.param(
+            dict(gradient_combination="mgda", per_device_train_batch_size=2, gradient_accumulation_steps=4),
+            id="in micro-batches",
+        ),
+    ],
+)
+@pytest.mark.sample(6)
+def test_an_auxiliary_weight_of_a_tenth_is_a_tenth_of_the_way_from_without_the_task_to_with_it(moved, options):
+    """So the part of the task in the shared update falls with its weight and vanishes with it, for every method."""
+    (without, none), (part, own), (full, whole) = (moved(weight, **options) for weight in (0.0, 0.1, 1.0))
+    tolerance = 2e-2 if "gradient_memory" in options else 1e-4
+    assert (part - (0.9 * without + 0.1 * full)).norm() <= tolerance * full.norm()
+    assert (full - without).norm() > 1e-3 * full.norm()
+    assert not none.any() and torch.allclose(own, 0.1 * whole, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("weighting", ["random", "gls"])
+def test_weights_that_find_the_unit_of_a_loss_are_part_of_it_and_others_are_not(run, monkeypatch, weighting):
+    seen = []
+    weighted = Combination.weighted
+
+    def noting(self, gramian, shares, weights, **options):
+        seen.append((gramian.diagonal().sqrt(), weights))
+        return weighted(self, gramian, shares, weights, **options)
+
+    monkeypatch.setattr(Combination, "weighted", noting)
+    aware = weighting == "gls"
+    options = dict(gradient_combination="mgda", max_steps=1, task_sampling="uniform")
+    trainer, _ = run(loss_weighting=weighting, **options)
+    found = torch.tensor(trainer.balancer.weights, dtype=torch.float64)
+    run(**options)
+    (lengths, weights), (plain, ones) = seen
+    assert (ones == 1).all()
+    torch.testing.assert_close(lengths, plain * found if aware else plain, rtol=1e-4, atol=0)
+    torch.testing.assert_close(weights, ones if aware else found)
+    assert (found.max() / found.min()) > 1.2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "options",
@@ -168,9 +246,9 @@ def test_a_step_with_old_coefficients_gives_the_same_as_one_with_new_ones(run, m
     decide = TaskBalancer._decide
     kept: list[list[float]] = []
 
-    def first_only(self, gramian, tasks, step):
+    def first_only(self, *args):
         if not kept:
-            decide(self, gramian, tasks, step)
+            decide(self, *args)
             kept.append(list(self.coefficients))
         self.coefficients = list(kept[0])
 

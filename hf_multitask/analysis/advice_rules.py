@@ -223,7 +223,7 @@ RULES: tuple[Rule, ...] = (
         "combination",
         when.conflict,
         "try gradient_combination: upgrad, pcgrad or cagrad against tuned fixed weights; keep it only if it wins",
-        "steps then harm no task to first order; whether that gives better models is disputed",
+        "steps then harm no task of equal weight to first order; whether that gives better models is disputed",
         "Yu et al. 2020, Gradient surgery for multi-task learning; Liu et al. 2021, Conflict-averse gradient descent; "
         "Quinton & Rey 2024, Jacobian descent for multi-objective optimization; against: " + _NEGATIVE_RESULTS,
     ),

@@ -18,6 +18,7 @@ from torch import Tensor
 from .solvers import fair_point, lift, nonnegative_quadratic, nonnegative_quadratic_with_norm
 
 __all__ = [
+    "TAKE_SHARES",
     "aligned_mtl",
     "cagrad",
     "check_values",
@@ -28,6 +29,7 @@ __all__ = [
     "imtl_g",
     "mgda",
     "nash_mtl",
+    "one_scale",
     "pcgrad",
     "sum",
     "upgrad",
@@ -37,6 +39,9 @@ _ZERO = 1e-16  # A squared norm below this, relative to the largest, is no gradi
 _RANK = 1e-12  # An eigenvalue below this, relative to the largest, is rounding error of float32 gradients.
 _SOLVABLE = 1e-8  # What eigenvalues are raised to where coefficients would be infinite: these stay below 1e4.
 _MODES = ("min", "median", "rmse")
+
+TAKE_SHARES = ("sum", "pcgrad", "gradvac", "upgrad", "dual_proj")
+"""Methods that treat each gradient, or their sum, in proportion to it: shares multiply what goes in."""
 
 
 def _is_number(value: Any) -> bool:
@@ -70,7 +75,7 @@ def check_values(kwargs: Mapping[str, Any]) -> None:
             raise ValueError(f"gradient_combination_kwargs: {key} must be {_ALLOWED[key][1]}, got {value!r}")
 
 
-def _method(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def one_scale(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Give a method what all share: checks, float64 on the CPU, one scale, tasks without gradient set aside."""
 
     @functools.wraps(function)
@@ -115,9 +120,9 @@ def _norms_and_cosines(gramian: Tensor) -> tuple[Tensor, Tensor]:
     return norms, (gramian / norms.outer(norms)).fill_diagonal_(1.0)
 
 
-@_method
+@one_scale
 def sum(gramian: Tensor) -> Tensor:
-    """Return ones: the plain sum of the gradients."""
+    """Return ones: the plain sum of the gradients, ‖d‖ = ‖Σ g_t‖."""
     return gramian.new_ones(len(gramian))
 
 
@@ -128,18 +133,19 @@ def _orders(size: int, generator: torch.Generator | None) -> Tensor:
     return orders[orders != torch.arange(size)[:, None]].view(size, size - 1)
 
 
-@_method
+@one_scale
 def pcgrad(gramian: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Return PCGrad's coefficients (Yu et al. 2020, algorithm 1).
 
     Each gradient is projected, for the other tasks j in random order, onto the normal plane of g_j wherever it points
     against g_j: g_i ← g_i - (g_i·g_j / ‖g_j‖²) g_j if g_i·g_j < 0. The update is the sum of the projected gradients, as
-    in the paper. Orders are drawn from `generator`, per task; without one they are the order of the tasks.
+    in the paper; since projections shorten, ‖d‖ ≤ Σ ‖g_t‖. Orders are drawn from `generator`, per task; without one
+    they are the order of the tasks.
     """
     return _vaccinate(gramian, gramian.new_zeros(gramian.shape), 0.0, generator)
 
 
-@_method
+@one_scale
 def gradvac(
     gramian: Tensor, *, beta: float = 0.01, generator: torch.Generator | None = None, memory: Tensor | None = None
 ) -> Tensor:
@@ -147,7 +153,8 @@ def gradvac(
 
     As [`pcgrad`], but gradient i is turned towards g_j wherever their cosine φ is below a target φ̂_ij, until it is
     φ̂_ij: g_i ← g_i + ‖g_i‖ (φ̂ √(1-φ²) - φ √(1-φ̂²)) / (‖g_j‖ √(1-φ̂²)) g_j; then φ̂_ij ← (1-β) φ̂_ij + β φ. With
-    targets of zero it is `pcgrad`.
+    targets of zero it is `pcgrad`. What is turned towards a target above 0 becomes longer: each gradient keeps its part
+    across g_j, so that ‖d‖ has no bound in the ‖g_t‖ (targets near 1 and gradients that disagree).
 
     Args:
         gramian: G.
@@ -179,25 +186,26 @@ def _vaccinate(gramian: Tensor, targets: Tensor, beta: float, generator: torch.G
     return mixed.sum(0)
 
 
-@_method
+@one_scale
 def mgda(gramian: Tensor) -> Tensor:
     """Return MGDA's coefficients (Désidéri 2012; Sener & Koltun 2018): T times the shortest convex combination.
 
     c = T w with w = argmin ‖Σ w_t g_t‖², w ≥ 0, Σ w = 1. No task loses, G c ≥ ‖d‖² / T, and d vanishes where no
-    direction improves all tasks. The papers have no factor T. Solved exactly, not by Frank-Wolfe steps: the x ≥ 0
-    that minimises ½ xᵀ G x - Σ x is a multiple of w.
+    direction improves all tasks: ‖d‖ ≤ T min ‖g_t‖. The papers have no factor T. Solved exactly, not by Frank-Wolfe
+    steps: the x ≥ 0 that minimises ½ xᵀ G x - Σ x is a multiple of w.
     """
     norms, cosines = _norms_and_cosines(gramian)
     x = nonnegative_quadratic(lift(cosines, _RANK), -1 / norms) / norms
     return x * (len(x) / x.sum())
 
 
-@_method
+@one_scale
 def cagrad(gramian: Tensor, *, c: float = 0.4) -> Tensor:
     """Return CAGrad's coefficients (Liu et al. 2021): the best worst task within a ball around the mean gradient.
 
     d ∝ argmax_d min_t g_t·d subject to ‖d - g_0‖ ≤ c ‖g_0‖, g_0 the mean gradient. Ours is T / (1 + c) times this d,
-    so that c = 0 is the sum and no c makes a step longer than it; the paper's code divides by 1 + c² or not at all.
+    so that c = 0 is the sum and no c makes a step longer than it, (1 - c) / (1 + c) ≤ ‖d‖ / ‖Σ g_t‖ ≤ 1; the paper's
+    code divides by 1 + c² or not at all.
     With d = g_0 + Jᵀ x, x ≥ 0 and g_t·d ≥ τ (= where x_t > 0), the τ is sought that puts d on the sphere. Where no
     direction improves all tasks, d is close to the nearest to g_0 that harms none.
 
@@ -215,7 +223,7 @@ def cagrad(gramian: Tensor, *, c: float = 0.4) -> Tensor:
     return mean * (size / (1 + c)) / norms
 
 
-@_method
+@one_scale
 def nash_mtl(gramian: Tensor) -> Tensor:
     """Return Nash-MTL's coefficients (Navon et al. 2022): the bargain in which every task gains alike.
 
@@ -227,7 +235,7 @@ def nash_mtl(gramian: Tensor) -> Tensor:
     return _fair(gramian, 1.0)
 
 
-@_method
+@one_scale
 def fairgrad(gramian: Tensor, *, alpha: float = 2.0) -> Tensor:
     """Return FairGrad's coefficients (Ban & Ji 2024): α-fair shares in the progress.
 
@@ -250,24 +258,25 @@ def _fair(gramian: Tensor, power: float) -> Tensor:
     return x * (norms.norm() / (x @ cosines @ x).sqrt()) / norms
 
 
-@_method
+@one_scale
 def imtl_g(gramian: Tensor) -> Tensor:
     """Return the coefficients of IMTL-G (Liu et al. 2021): the update has equal projections on all gradients.
 
     c = T v / Σ v with v = G⁺ n, n the norms of the gradients and G⁺ the pseudoinverse (the paper: Σ c = 1, and an
-    inverse). Gradients that cancel give zeros. Where the v nearly add up to zero, or to less, the paper's update grows
-    without bound, or ascends on all tasks: ours divides by no less than Σ |v| / 100.
+    inverse), so that ‖d‖ = T √(nᵀ v) / Σ v. Gradients that cancel give zeros. Where the v nearly add up to zero, or to
+    less, the paper's update grows without bound, or ascends on all tasks: ours divides by no less than Σ |v| / 100.
     """
     v = torch.linalg.pinv(gramian, rtol=_RANK, hermitian=True) @ gramian.diagonal().sqrt()
     total = v.abs().sum()
     return len(v) * v / v.sum().clamp(min=total / 100) if total > _RANK else torch.zeros_like(v)
 
 
-@_method
+@one_scale
 def aligned_mtl(gramian: Tensor, *, mode: str = "min", preference: Tensor | None = None) -> Tensor:
     """Return the coefficients of Aligned-MTL (Senushkin et al. 2023): the nearest gradients that are orthogonal.
 
-    c = T B w, B = σ V Λ^(-1/2) Vᵀ over the eigenvalues Λ of G that are not zero, w the preference (default 1/T).
+    c = T B w, B = σ V Λ^(-1/2) Vᵀ over the eigenvalues Λ of G that are not zero, w the preference (default 1/T). The
+    update is Σ_t T w_t ĝ_t, ĝ_t orthogonal and of length σ: ‖d‖ = σ √T for equal w, less if G is singular.
 
     Args:
         gramian: G.
@@ -283,12 +292,13 @@ def aligned_mtl(gramian: Tensor, *, mode: str = "min", preference: Tensor | None
     return sigma * (vectors @ ((vectors.T @ weights) / values.sqrt()))
 
 
-@_method
+@one_scale
 def upgrad(gramian: Tensor, *, preference: Tensor | None = None) -> Tensor:
     """Return UPGrad's coefficients (Quinton & Rey 2024): the sum of the gradients, each made harmless to all tasks.
 
     c = Σ_t u_t v_t, v_t = argmin vᵀ G v subject to v ≥ e_t: Jᵀ v_t is the point nearest to g_t in the cone of updates
-    that conflict with no task. So G c ≥ 0. The paper takes the mean (u = 1/T), ours the sum (u = 1).
+    that conflict with no task. So G c ≥ 0, and ‖d‖ ≤ Σ u_t ‖g_t‖. The paper takes the mean (u = 1/T), ours the sum
+    (u = 1).
 
     Args:
         gramian: G.
@@ -303,12 +313,13 @@ def upgrad(gramian: Tensor, *, preference: Tensor | None = None) -> Tensor:
     return coefficients
 
 
-@_method
+@one_scale
 def dual_proj(gramian: Tensor, *, preference: Tensor | None = None) -> Tensor:
     """Return the coefficients of GEM (Lopez-Paz & Ranzato 2017, equation 11): the sum made harmless to all tasks.
 
     c = argmin cᵀ G c subject to c ≥ u: d is the point nearest to Σ_t u_t g_t in the cone of updates that conflict with
-    no task. So G c ≥ 0. GEM projects the gradient of the task at hand; with several at once, their sum (u = 1).
+    no task. So G c ≥ 0, and ‖d‖ ≤ ‖Σ u_t g_t‖. GEM projects the gradient of the task at hand; with several at once,
+    their sum (u = 1).
 
     Args:
         gramian: G.
@@ -320,12 +331,13 @@ def dual_proj(gramian: Tensor, *, preference: Tensor | None = None) -> Tensor:
     return weights + nonnegative_quadratic(cosines, cosines @ (weights * norms)) / norms
 
 
-@_method
+@one_scale
 def config(gramian: Tensor, *, preference: Tensor | None = None) -> Tensor:
     """Return ConFIG's coefficients (Liu et al. 2024): equal cosines with all gradients.
 
     d = (Σ_t g_t·u) u, u the unit vector along U⁺ w, U the unit gradients, w the preference: u·g_t / ‖g_t‖ ∝ w_t. In
-    terms of the cosines C = U Uᵀ, U⁺ w = Uᵀ C⁺ w. Gradients that cancel give zeros. Scale as in the paper.
+    terms of the cosines C = U Uᵀ, U⁺ w = Uᵀ C⁺ w. Gradients that cancel give zeros. Scale as in the paper:
+    ‖d‖ = |Σ_t g_t·u| ≤ Σ ‖g_t‖.
 
     Args:
         gramian: G.

@@ -20,7 +20,8 @@ def graddrop(gradients: Tensor, uniform: Tensor, leak: float = 0.0) -> Tensor:
     tasks share; this draws for the parameters.
 
     Args:
-        gradients: `[T, n]`, weighted.
+        gradients: `[T, n]`, multiplied with the tasks' shares and weights: at each number a smaller one is kept less
+            often and counts less, and the result is at most Σ |g|.
         uniform: `[n]`, draws from [0, 1).
         leak: Fraction of the other sign that is kept, in [0, 1]; 1 is the plain sum.
 

@@ -3,8 +3,9 @@
 An auxiliary task is there to help. Its gradient helps while it does not point against the gradient of the task that is
 helped, and Du et al. ("Adapting Auxiliary Losses Using Gradient Similarity", 2018) let it count by the cosine φ between
 the two, in each step anew: then the update descends on the task that is helped whatever the auxiliary task is. A gate
-is a number m_t that the gradient of task t on the shared parameters is multiplied with, before a gradient combination
-sees it; the auxiliary task's own parameters take their plain gradient. The functions stand in `GATINGS`:
+is a number m_t that the weight of task t is multiplied with in the update of the shared parameters, with a gradient
+combination as without ([`hf_multitask.balancing.combination`]; a task whose gate is 0 is absent from it); the
+auxiliary task's own parameters take their plain gradient. The functions stand in `GATINGS`:
 
 - `cosine` (their unweighted version): 1 where φ ≥ 0, otherwise 0.
 - `weighted_cosine` (their weighted version): max(0, φ).

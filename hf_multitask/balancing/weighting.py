@@ -69,7 +69,9 @@ class CustomWeighting(LossWeighting):
     """An object of the user's that has a method `weights(observation)`; what it returns is checked.
 
     Its `state_dict` and `load_state_dict` are used where it has both, otherwise its state is empty. It gets gradient
-    norms if it has an attribute `needs_gradient_norms` that is true.
+    norms if it has an attribute `needs_gradient_norms` that is true. With an attribute `scale_aware` that is true its
+    weights stand for the unit of each loss, and gradient combinations see the weighted losses; otherwise they are
+    applied to what a combination makes of the losses, as `Task.weight` is.
 
     Args:
         weighting: The object.
@@ -101,6 +103,7 @@ class CustomWeighting(LossWeighting):
         self.tasks = tuple(tasks)
         self.has_state = all(methods)
         self.needs_gradient_norms = bool(getattr(weighting, "needs_gradient_norms", False))  # type: ignore[misc]
+        self.scale_aware = bool(getattr(weighting, "scale_aware", False))  # type: ignore[misc]
 
     def weights(self, observation: Observation) -> Tensor:
         """Return the object's weights.

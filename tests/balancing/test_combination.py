@@ -11,7 +11,14 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from hf_multitask.balancing import combination_methods, solvers
-from hf_multitask.balancing.combination import COMBINATIONS, Combination, check_combination, make_combination
+from hf_multitask.balancing.combination import (
+    _TORCHJD,
+    COMBINATIONS,
+    Combination,
+    check_combination,
+    make_combination,
+)
+from hf_multitask.balancing.elementwise import graddrop
 
 # Every method with its defaults, and with arguments that reach the rest of its code.
 CASES: dict[str, tuple[str, dict]] = {
@@ -633,9 +640,244 @@ def test_weightings_of_torchjd_are_taken_and_aggregators_refused():
     J = jacobian(4, 6)
     method = make_combination(aggregation.IMTLGWeighting())
     assert method.name == "IMTLGWeighting"
-    close(4 * method.coefficients((J @ J.T).float()), make_combination("imtl_g").coefficients((J @ J.T).float()), 1e-5)
+    close(method.coefficients((J @ J.T).float()), make_combination("imtl_g").coefficients((J @ J.T).float()), 1e-5)
     with pytest.raises(ValueError, match="give a weighting, such as UPGradWeighting.., not a class and not an aggr"):
         make_combination(aggregation.IMTLG())
+
+
+def torchjd_object(name: str, **options):
+    """Return a weighting of torchjd, as a user would give it, solved as exactly as it can be."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    if name in ("UPGradWeighting", "DualProjWeighting"):
+        pytest.importorskip("quadprog")
+        exact = pytest.importorskip("torchjd.linalg").QuadprogProjector(norm_eps=0.0, reg_eps=1e-14)
+        options["projector"] = exact
+    if name == "CAGradWeighting":
+        pytest.importorskip("cvxpy")
+        pytest.importorskip("clarabel")
+        options = {"c": 0.4, "norm_eps": 0.0}
+    if name == "MGDAWeighting":
+        options = {"epsilon": 1e-12, "max_iters": 3000}
+    if name == "GradVacWeighting":
+        options = {"beta": 0.01, "eps": 0.0}
+    if name == "FairGradWeighting":
+        options = {"alpha": 2.0}
+    return getattr(aggregation, name)(**options)
+
+
+@approximate
+@pytest.mark.parametrize("name", _TORCHJD)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 6])
+def test_an_object_of_torchjd_has_the_scale_of_the_method_of_that_name(name, tasks, monkeypatch):
+    """For orthogonal gradients of equal norm as well as where they conflict, for equal weights and for others."""
+    J = jacobian(tasks, 8, seed=5)
+    tolerance = 0.05 if name == "MGDAWeighting" else 1e-3  # theirs takes steps towards the solution
+    monkeypatch.setattr(torch, "randperm", lambda size, **options: torch.arange(size))
+    for G in (3 * torch.eye(tasks, dtype=torch.float64), J @ J.T):
+        ours, theirs = make_combination(_TORCHJD[name][0]), make_combination(torchjd_object(name))
+        expected = ours.coefficients(G)
+        close(theirs.coefficients(G), expected, tolerance)
+        shares, weights = torch.linspace(0.1, 0.4, tasks).double(), torch.linspace(1.0, 0.1, tasks).double()
+        ours, theirs = make_combination(_TORCHJD[name][0]), make_combination(torchjd_object(name))
+        close(theirs.weighted(G, shares, weights), ours.weighted(G, shares, weights), tolerance)
+
+
+@approximate
+@pytest.mark.parametrize("name", ["UPGradWeighting", "DualProjWeighting", "AlignedMTLWeighting"])
+def test_a_preference_of_an_object_of_torchjd_is_one_by_name(name):
+    J = jacobian(4, 6, seed=3)
+    G, preference = J @ J.T, [1.0, 2.0, 0.5, 4.0]
+    vector = torch.tensor(preference, dtype=torch.float64)
+    theirs = make_combination(torchjd_object(name, pref_vector=vector))
+    ours = make_combination(_TORCHJD[name][0], {"preference": preference})
+    close(theirs.coefficients(G), ours.coefficients(G), 1e-5)
+    some = [0, 1, 3]
+    part = G[some][:, some]
+    close(theirs.for_tasks(some, 4).coefficients(part), ours.for_tasks(some, 4).coefficients(part), 1e-5)
+    for method in (ours, theirs):
+        with pytest.raises(ValueError, match=r"preference must be of shape \[3\], a number per task, got \[4\]"):
+            method.for_tasks(some, 3)
+    assert torch.equal(vector, torch.tensor(preference, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["SDMGradWeighting", "ExcessMTLWeighting", "MoDoWeighting", "NashMTL"])
+def test_objects_that_want_the_gradients_themselves_are_refused(name):
+    """They would take the Gramian for a matrix of gradients, and give coefficients of something else."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    if name == "NashMTL":
+        for module in ("cvxpy", "ecos"):
+            pytest.importorskip(module)
+        weighting = aggregation.NashMTL(2).weighting
+    else:
+        kind = getattr(aggregation, name, None)
+        if kind is None:
+            pytest.skip("this version of torchjd does not export it")
+        weighting = object.__new__(kind)
+    with pytest.raises(ValueError, match="takes the gradients themselves"):
+        make_combination(weighting)
+
+
+# Weights
+
+
+class Inverse:
+    """A method of the user's own, by the inverse of the squared norms."""
+
+    def __call__(self, gramian):
+        return 1 / gramian.diagonal().clamp(min=1e-12)
+
+
+def weighted_cases() -> dict[str, Combination]:
+    cases = {case: made(case) for case in CASES} | {"an object": make_combination(Inverse())}
+    for name in ("upgrad", "config"):
+        cases[f"{name}, preference"] = make_combination(name, {"preference": [1.0, 3.0, 0.5]})
+    return cases
+
+
+WEIGHTED = weighted_cases()
+every_weighted = pytest.mark.parametrize("method", WEIGHTED.values(), ids=WEIGHTED)
+# An auxiliary task, the last one, whose gradient is short, long, in conflict with one or with both of the others.
+AUXILIARY = {
+    "orthogonal": torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]),
+    "short": torch.tensor([[1.0, 0.2, 0], [0.3, 1.0, 0], [0, 0.02, 0.1]]),
+    "long": torch.tensor([[1.0, 0.2, 0], [0.3, 1.0, 0], [2, 8.0, 20.0]]),
+    "in conflict": torch.tensor([[1.0, 0.2, 0], [0.3, 1.0, 0], [-0.9, 0.1, 0.5]]),
+    "long and in conflict with both": torch.tensor([[1.0, 0.2, 0], [0.3, 1.0, 0], [-9.0, -5.0, 5.0]]),
+    "all in conflict": torch.tensor([[1.0, 0.2, 0], [-0.8, 1.0, 0], [-0.6, -0.5, 0.7]]),
+}
+every_auxiliary = pytest.mark.parametrize("J", [J.double() for J in AUXILIARY.values()], ids=AUXILIARY)
+SHARES = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+
+
+@every_weighted
+@every_auxiliary
+def test_the_part_of_a_task_falls_with_its_weight_and_vanishes_with_it(method, J):
+    """And at weight 0 it is absent: of the combination of the others, too."""
+    G, fresh = J @ J.T, torch.zeros(3, 3, dtype=torch.float64)
+    parts, fractions = [], []
+    others = method.for_tasks([0, 1], 3).weighted(
+        G[:2, :2], SHARES[:2], torch.ones(2, dtype=torch.float64), memory=fresh[:2, :2].clone()
+    )
+    for weight in (1.0, 0.5, 0.1, 1e-3, 1e-9, 0.0):
+        weights = torch.tensor([1.0, 1.0, weight], dtype=torch.float64)
+        found = method.weighted(G, SHARES, weights, memory=fresh.clone())
+        lengths = found.abs() * SHARES * J.norm(dim=1)
+        parts.append(float(lengths[2]))
+        fractions.append(float(lengths[2] / lengths.sum()) if lengths.sum() else 0.0)
+        if weight <= 1e-9:
+            close(found[:2], others, 1e-6)
+    assert parts == pytest.approx([parts[0] * weight for weight in (1.0, 0.5, 0.1, 1e-3, 1e-9, 0.0)])
+    assert parts[-1] == 0 and all(a >= b for a, b in itertools.pairwise(fractions)) and fractions[-2] < 1e-6
+
+
+@every_weighted
+@every_auxiliary
+def test_equal_weights_are_a_factor_of_the_method_s_own_coefficients(method, J):
+    G = J @ J.T
+    for shares in (torch.full((3,), 1 / 3, dtype=torch.float64), SHARES):
+        seen = G * shares[:, None] * shares if method.takes_shares else G
+        own = method.coefficients(seen, generator=torch.Generator().manual_seed(7))
+        for weight in (1.0, 0.25, 3.0):
+            found = method.weighted(G, shares, torch.full((3,), weight, dtype=torch.float64), seed=7)
+            close(found, weight * own, 1e-9)
+
+
+@every_weighted
+@every_auxiliary
+def test_common_factors_of_weights_of_shares_and_of_losses_change_nothing_else(method, J):
+    G, weights = J @ J.T, torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64)
+    plain = method.weighted(G, SHARES, weights)
+    close(method.weighted(G, SHARES, 5 * weights), 5 * plain, 1e-7)
+    close(method.weighted(G, SHARES / 5, weights), plain, 1e-7)
+    if "weighting" not in method.kwargs:  # objects may do as they please
+        close(method.weighted(1e6 * G, SHARES, weights), plain, 1e-7)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 0.1), (2.0, 0.5, 0.5), (0.3, 0.0, 1.0), (1.0, 2.0, 3.0)])
+def test_the_weighted_sum_is_the_weighted_sum(weights):
+    J, weights = jacobian(3, 5), torch.tensor(weights, dtype=torch.float64)
+    close(make_combination("sum").weighted(J @ J.T, SHARES, weights), weights)
+
+
+@every_weighted
+def test_weighted_tasks_may_come_in_any_order(method):
+    J, weights = AUXILIARY["all in conflict"].double(), torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64)
+    if method.name in ("pcgrad", "gradvac") or method.kwargs.get("preference"):
+        return  # random orders, and preferences, go with places
+    order = [2, 0, 1]
+    G = J @ J.T
+    moved = method.weighted(G[order][:, order], SHARES[order], weights[order])
+    close(moved, method.weighted(G, SHARES, weights)[order], 1e-7)
+
+
+def test_a_small_auxiliary_weight_does_not_shorten_the_step_of_mgda():
+    """Weighted before the method sees it, it would be its shortest gradient: 87 % of a step of 8 % of the length."""
+    J = AUXILIARY["orthogonal"].double()[1:]
+    found = make_combination("mgda").weighted(
+        J @ J.T, torch.full((2,), 0.5, dtype=torch.float64), torch.tensor([1.0, 0.1], dtype=torch.float64)
+    )
+    close(found, torch.tensor([1.0, 0.1], dtype=torch.float64))
+
+
+def test_what_gradvac_remembers_comes_from_all_tasks_of_the_step():
+    J, weights = AUXILIARY["all in conflict"].double(), torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64)
+    method, one, other = make_combination("gradvac", {"beta": 0.5}), *torch.zeros(2, 3, 3, dtype=torch.float64)
+    method.weighted(J @ J.T, SHARES, weights, seed=3, memory=one)
+    method.weighted(J @ J.T, SHARES, torch.ones(3, dtype=torch.float64), seed=3, memory=other)
+    assert torch.equal(one, other) and one.any()
+
+
+# What the docstrings say of the length of the update, given the gradients and the coefficients.
+LENGTHS = {
+    "sum": lambda J, c: (J.sum(0).norm(), J.sum(0).norm()),
+    "pcgrad": lambda J, c: (0.0, J.norm(dim=1).sum()),
+    "gradvac": lambda J, c: (0.0, J.norm(dim=1).sum()),  # with targets of 0
+    "mgda": lambda J, c: (0.0, len(J) * J.norm(dim=1).min()),
+    "cagrad": lambda J, c: ((1 - 0.4) / (1 + 0.4) * J.sum(0).norm(), J.sum(0).norm()),
+    "nash_mtl": lambda J, c: (J.norm(), J.norm()),
+    "fairgrad": lambda J, c: (J.norm(), J.norm()),
+    "imtl_g": lambda J, c: (length_of_imtl_g(J),) * 2,
+    "aligned_mtl": lambda J, c: (len(J) ** 0.5 * torch.linalg.svdvals(J).min(),) * 2,
+    "upgrad": lambda J, c: (0.0, J.norm(dim=1).sum()),
+    "dual_proj": lambda J, c: (0.0, J.sum(0).norm()),
+    "config": lambda J, c: ((J @ (J.T @ c)).sum().abs() / (J.T @ c).norm(),) * 2,
+}
+
+
+def length_of_imtl_g(J: Tensor) -> Tensor:
+    norms = J.norm(dim=1)
+    v = torch.linalg.solve(J @ J.T, norms)
+    return len(J) * (norms @ v).sqrt() / v.sum()
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@every_auxiliary
+def test_the_update_is_as_long_as_documented(name, J):
+    c = make_combination(name).coefficients(J @ J.T)
+    shortest, longest = LENGTHS[name](J, c)
+    assert shortest - 1e-6 <= (J.T @ c).norm() <= longest + 1e-6
+    assert "‖d‖" in COMBINATIONS[name].__doc__ or "length" in COMBINATIONS[name].__doc__
+
+
+def test_every_method_has_a_documented_length():
+    assert LENGTHS.keys() == COMBINATIONS.keys()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_graddrop_keeps_less_of_a_task_of_a_smaller_weight(seed):
+    """At every number, for every draw: the auxiliary task's part falls with its weight and vanishes with it."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients, draws = torch.randn(3, 500, generator=generator), torch.rand(500, generator=generator)
+    before = torch.full((500,), math.inf)
+    for weight in (1.0, 0.5, 0.1, 1e-3, 0.0):
+        rows = gradients * torch.tensor([[1.0], [1.0], [weight]])
+        without = graddrop(torch.cat([rows[:2], rows[2:] * 0]), draws)
+        update = graddrop(rows, draws)
+        positive = 0.5 * (1 + rows.sum(0) / rows.abs().sum(0)) > draws
+        kept = torch.where(positive, gradients[2] > 0, gradients[2] < 0) * rows[2].abs()
+        assert (kept <= before + 1e-7).all() and update.norm() <= rows.abs().sum(0).norm()
+        before = kept
+    assert torch.equal(update, without) and not kept.any()
 
 
 def test_a_solution_that_is_not_found_is_an_error():
