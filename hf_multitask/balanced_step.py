@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -50,6 +51,10 @@ class MultiTaskBalancing(Trainer):
         self._added: dict[nn.Parameter, Tensor] = {}
         self._scales: dict[str, float] = {}  # of the passes of this window that all tasks took together
         self._at_window_start = True
+        self._window_loss: Tensor | None = None  # of the micro-batches so far
+        self._balancing_before: dict[str, Any] | None = (
+            None  # at the start of the window, to be restored if it is skipped
+        )
         self._prepared: list[nn.Parameter] = []  # trained when the run began; what DDP adds up over processes
         self._trained: list[nn.Parameter] = []  # by the current window
         self._shared: list[nn.Parameter] = []  # of these, the shared ones
@@ -95,13 +100,15 @@ class MultiTaskBalancing(Trainer):
 
     # ---- what a step trains ----
 
-    def _look_up_trained(self, model: Any) -> None:
-        """Look up which parameters are trained, at the start of a window: callbacks may freeze and unfreeze them.
+    def _begin_window(self, model: Any) -> None:
+        """Look up which parameters are trained: callbacks may freeze and unfreeze them between two windows.
 
         Raises:
             ValueError: A parameter was unfrozen that the optimizer does not hold, or the parameters are sharded: then
                 what is trained cannot change.
         """
+        if self.args.on_nonfinite_loss == "skip":
+            self._balancing_before = copy.deepcopy(self.balancer.state_dict())
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if _same(trained, self._trained):
             return

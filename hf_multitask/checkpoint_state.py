@@ -22,6 +22,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "run": (dict,),
     "rows_seen": (dict,),
     "skipped_steps": (int,),
+    "skipped_in_a_row": (int,),
     "streaming": (bool,),
     "sampling": (list, type(None)),
     "balancing": (dict,),
@@ -50,8 +51,9 @@ def read_state(checkpoint: str | Path) -> dict[str, Any] | None:
     for name, rows in state.get("rows_seen", {}).items():
         if not _is_one(rows, (int,)) or rows < 0:
             raise ValueError(f"{where}: rows_seen of {shown(name)} is {shown(rows)}, no number of rows")
-    if state.get("skipped_steps", 0) < 0:
-        raise ValueError(f"{where}: skipped_steps is {state['skipped_steps']}, no number of steps")
+    for key in ("skipped_steps", "skipped_in_a_row"):
+        if state.get(key, 0) < 0:
+            raise ValueError(f"{where}: {key} is {state[key]}, no number of steps")
     for change in state.get("sampling") or []:
         if not _is_change(change):
             raise ValueError(f"{where}: sampling has {shown(change)}, which is no step with its probabilities")

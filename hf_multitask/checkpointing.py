@@ -22,7 +22,7 @@ from .balanced_step import MultiTaskBalancing
 from .checkpoint_state import STATE_NAME, check_balancing, read_state
 from .data.streaming import StreamingMixture
 from .gap_sampling import MultiTaskGapSampling
-from .guard import LossGuard
+from .guard import LossGuard, nonfinite_saved_weights
 from .loading import make_sampler, total_steps
 from .models.limits import shown
 from .models.saved_config import load_json
@@ -171,7 +171,8 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
         return "optimizer.pt is missing"
     if not sharded and not any(folder.glob("*.safetensors")):
         return "the weights are missing"
-    return None
+    bad = nonfinite_saved_weights(folder)
+    return None if bad is None else f"{bad} holds weights that are NaN or infinite"
 
 
 def last_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> tuple[str | None, dict[str, str]]:
@@ -276,8 +277,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
                 self.train_dataset.restart(json.loads(stored) if stored else None)
             self._take_tasks_of_trial()
             self.progress.restart((state or {}).get("rows_seen", {}))
-            self.guard = LossGuard()
-            self.guard.skipped = (state or {}).get("skipped_steps", 0)
+            self.guard = LossGuard(*((state or {}).get(key, 0) for key in ("skipped_steps", "skipped_in_a_row")))
             self._begin_sampling(self.args, self.train_dataset, self.eval_dataset, (state or {}).get("sampling"))
             self._begin_balancing(self.args)
             if state is not None:
@@ -308,6 +308,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
                 "run": self._describe_run(),
                 "rows_seen": self.progress.rows_seen,
                 "skipped_steps": self.guard.skipped,
+                "skipped_in_a_row": self.guard.skipped_in_a_row,
                 "streaming": streaming,
                 "sampling": self._sampling_state(),
                 "balancing": self.balancer.state_dict(),

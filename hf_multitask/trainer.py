@@ -282,31 +282,37 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             return super().training_step(model, inputs, num_items_in_batch)
         unwrapped: Any = self.accelerator.unwrap_model(model)
         if self._at_window_start:
-            self._look_up_trained(unwrapped)
+            self._begin_window(unwrapped)
         self._at_window_start = self.accelerator.sync_gradients
         by_task = self.balancer.needs_task_gradients(self.state.global_step, bool(self._shared))
         if by_task:
             loss = self._backward_by_task(model, inputs, num_items_in_batch)
         else:
             loss = self._run_plain(model, inputs, num_items_in_batch, self.accelerator.sync_gradients)
-            # What is not finite is the guard's matter; in the running mean of the loss it would stay for good.
-            loss = torch.nan_to_num(loss, nan=0.0, posinf=0.0, neginf=0.0)
+        loss = loss if self._window_loss is None else self._window_loss + loss
         if not self.accelerator.sync_gradients:
-            return loss
-        bad = self.guard.check(self.args.device, self.args.world_size)
-        if bad is not None:
-            self._stop_or_skip(model, bad)
-        elif by_task:
+            # What the window turns out to be decides whether its loss counts.
+            self._window_loss = loss
+            return torch.zeros_like(loss)
+        self._window_loss = None
+        problem = self._loss_problem(loss)
+        if problem is None and by_task:
             loss = self._combine(model, num_items_in_batch)
         unwrapped.finish_window()
         undo_scales(unwrapped, self._scales)
         self._scales = {}
-        if bad is None:
+        if problem is None:
             # Of parameters, which are the same on every process: each adds all of it.
             scaler = self.accelerator.scaler
             penalty = unwrapped.add_penalty_gradient(1.0 if scaler is None else scaler.get_scale())
             loss = loss if penalty is None else loss + penalty
             self._leave_idle_alone(unwrapped, num_items_in_batch)
+            problem = self._gradient_problem(unwrapped)
+        self.guard.end_step(skipped=problem is not None)
+        self.progress.end_window(trained=problem is None)
+        if problem is not None:
+            self._stop_or_skip(model, problem)
+            loss = torch.zeros_like(loss)
         return loss
 
     def _leave_idle_alone(self, model: Any, window: Window) -> None:
@@ -321,7 +327,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each task's loss and share, and what balancing and the scheme tell, to the log lines of training."""
         if self.tasks and "loss" in logs and "learning_rate" in logs:
-            logs = logs | self.progress.drain(self.args.device, self.args.world_size)
+            logs = self._without_skipped(logs) | self.progress.drain(self.args.device, self.args.world_size)
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped
             logs |= self.balancer.logs() | self.accelerator.unwrap_model(self.model).training_logs()

@@ -94,8 +94,11 @@ class MultiTaskTrainingArguments(TrainingArguments):
 
     - `backbone_learning_rate`, `head_learning_rate`: in place of `learning_rate` for the parameters of the backbone or
       of the heads, which start from nothing and often bear a larger one. The schedule scales them alike.
-    - `on_nonfinite_loss`: `raise` stops before the step when the loss of a task is NaN or infinite, and names task,
-      step and rows; `skip` leaves the step out, counts it and logs `skipped_steps`.
+    - `on_nonfinite_loss`: `raise` stops before the step when the loss of a task or the gradient is NaN or infinite, and
+      names task, step and rows; `skip` leaves the step out, counts it and logs `skipped_steps`. Weights that are NaN or
+      infinite always stop training, before a checkpoint of them is written.
+    - `max_skipped_steps`: with `skip`, the most steps that are left out in a row (10); the next one raises. Single bad
+      rows do not come that often; after a step that spoiled the weights, every further one would be left out.
 
     What goes to the Hub:
 
@@ -148,6 +151,9 @@ class MultiTaskTrainingArguments(TrainingArguments):
     )
     on_nonfinite_loss: str = field(
         default="raise", metadata={"help": "A loss that is NaN or infinite: 'raise', or 'skip' the step."}
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "With on_nonfinite_loss='skip': most steps left out in a row."}
     )
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbone, in place of learning_rate."}
@@ -209,7 +215,7 @@ class MultiTaskTrainingArguments(TrainingArguments):
                 f"gradient_memory='sketch' does not go with {self.gradient_combination!r}, which needs the gradients "
                 "themselves; use 'buffer'"
             )
-        for name, least in (("combination_every", 1), ("conflict_logging_steps", 0)):
+        for name, least in (("combination_every", 1), ("conflict_logging_steps", 0), ("max_skipped_steps", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -98,22 +98,39 @@ class TaskProgress:
     _losses: dict[str, Tensor] = field(default_factory=dict)
     _windows: dict[str, int] = field(default_factory=dict)
     _rows: dict[str, int] = field(default_factory=dict)
+    _pending: dict[str, Tensor] = field(default_factory=dict)  # losses of the current window
+    _present: list[str] = field(default_factory=list)  # tasks of the current window
+    steps: int = 0
+    trained_steps: int = 0
 
     def add_window(self, window: Window) -> None:
         """Note the rows of a window that is about to be trained on."""
         for task, rows in window.rows.items():
             self.rows_seen[task] = self.rows_seen.get(task, 0) + rows
             self._rows[task] = self._rows.get(task, 0) + rows
-            self._windows[task] = self._windows.get(task, 0) + 1
+        self._pending, self._present = {}, list(window.rows)
 
     def add_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Add this micro-batch's part of each task's loss (its summed item losses over the window's items)."""
         for task, loss in losses.items():
             loss = loss.detach()
-            self._losses[task] = self._losses[task] + loss if task in self._losses else loss
+            self._pending[task] = self._pending[task] + loss if task in self._pending else loss
+
+    def end_window(self, trained: bool) -> None:
+        """Count a window and its losses; of a step that was left out the losses count nowhere."""
+        self.steps += 1
+        self.trained_steps += trained
+        if trained:
+            for task, loss in self._pending.items():
+                self._losses[task] = self._losses[task] + loss if task in self._losses else loss
+            for task in self._present:
+                self._windows[task] = self._windows.get(task, 0) + 1
+        self._pending, self._present = {}, []
 
     def drain(self, device: torch.device, num_processes: int = 1) -> dict[str, float]:
-        """Return `loss/<task>` (mean over the windows that held the task) and `share/<task>`, and begin anew.
+        """Return `loss/<task>` and `share/<task>`, and begin anew.
+
+        Losses are means over the windows that held the task and were trained; without any there is none.
 
         With several processes this is a collective call.
         """
@@ -126,9 +143,12 @@ class TaskProgress:
         logs = {f"loss/{task}": loss / self._windows[task] for task, loss in values if task in self._windows}
         logs |= {f"share/{task}": self._rows.get(task, 0) / total for task in self.tasks} if total else {}
         self._losses, self._windows, self._rows = {}, {}, {}
+        self.steps = self.trained_steps = 0
         return logs
 
     def restart(self, rows_seen: Mapping[str, int]) -> None:
         """Begin a run, from a checkpoint's rows or from none."""
         self.rows_seen = dict(rows_seen)
         self._losses, self._windows, self._rows = {}, {}, {}
+        self._pending, self._present = {}, []
+        self.steps = self.trained_steps = 0
