@@ -37,7 +37,7 @@ from .guard import LossGuard
 from .guarded_step import MultiTaskGuarding
 from .hub.trainer_push import MultiTaskPushing
 from .loading import make_loader, make_streams
-from .models.backbone import sharding_units
+from .models.backbone import USE_ADAPTER_MODEL, check_no_peft, sharding_units
 from .models.base import MultiTaskModel
 from .models.task import Task
 from .training_args import MultiTaskSeq2SeqTrainingArguments, MultiTaskTrainingArguments, settle_args
@@ -92,6 +92,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         if model is None and model_init is not None:
             model = model_init(*[None] * number_of_arguments(model_init))
         self.tasks: list[Task] = []
+        _check_peft(model)
         if isinstance(model, MultiTaskModel):
             self.tasks = decide_null_answers(model.tasks, given.get("train_dataset"))
         if self.tasks:
@@ -408,3 +409,16 @@ def _accepts(init: Callable[..., Any], name: str) -> bool:
     """Return whether a trainer's `__init__` takes an argument by name."""
     parameters = inspect.signature(init).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _check_peft(model: Any) -> None:
+    """Raise ValueError for a multi-task model that PEFT has wrapped or put adapters into; it may wrap other models."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, MultiTaskModel):
+        return
+    if inner is not model:
+        raise ValueError(
+            f"model is a {type(model).__name__} over {type(inner).__name__}, which is not trained or saved as one "
+            f"model with its heads; {USE_ADAPTER_MODEL}"
+        )
+    check_no_peft(model, "a multi-task model in training")

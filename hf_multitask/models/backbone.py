@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import os
+import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .encoder_decoder import as_backbone
 from .saved_config import HUB_OPTIONS
@@ -23,10 +26,13 @@ from .saved_config import HUB_OPTIONS
 __all__ = [
     "CONFIG_OPTIONS",
     "HUB_OPTIONS",
+    "USE_ADAPTER_MODEL",
     "adopt_backbone",
     "align_memory",
     "backbone_options",
     "cast_parameters",
+    "check_no_peft",
+    "check_source",
     "default_pooling",
     "is_causal",
     "learned_positions",
@@ -48,6 +54,54 @@ _BIDIRECTIONAL = ("bert-generation", "cpmant", "xlnet")
 _ALIGNMENT = 64  # bytes; what torch gives to the tensors it allocates
 
 
+USE_ADAPTER_MODEL = (
+    "to train LoRA use AdapterModel, which trains the heads with it and saves both (rank=0, shared_rank=8 is one LoRA "
+    "for all tasks); to keep what an adapter of PEFT has learned, merge it into its model first, with "
+    "merge_and_unload() of the PeftModel"
+)
+
+
+def check_source(source: Any) -> None:
+    """Check what is given as a backbone, before anything is loaded.
+
+    Raises:
+        ValueError: It is neither a name nor a model of Transformers; or it is an adapter of PEFT, or wrapped by PEFT.
+    """
+    if isinstance(source, PreTrainedModel):
+        return
+    if not isinstance(source, (str, os.PathLike)):
+        advice = USE_ADAPTER_MODEL if type(source).__module__.partition(".")[0] == "peft" else "give one of these"
+        raise ValueError(
+            f"backbone must be a Hub id, a folder or a PreTrainedModel, got {type(source).__name__}; {advice}"
+        )
+    if Path(source, "adapter_config.json").is_file() and not Path(source, CONFIG_NAME).is_file():
+        raise ValueError(
+            f"backbone {str(source)!r} holds an adapter of PEFT and no model: give the model that it belongs to; "
+            f"{USE_ADAPTER_MODEL}"
+        )
+
+
+def check_no_peft(model: nn.Module, what: str) -> None:
+    """Check that PEFT has put no adapters into a model, in place of its layers.
+
+    Their names are not those that the configuration describes, so that a saved folder would not load, and Transformers
+    and PEFT save them without the heads.
+
+    Args:
+        model: The model.
+        what: What is to be done with it, for the message: "a backbone", "training".
+
+    Raises:
+        ValueError: There are some; the first is named.
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # where it was not imported there are none
+    if tuners is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, tuners.BaseTunerLayer):
+            raise ValueError(f"{name!r} has an adapter of PEFT, which {what} cannot have; {USE_ADAPTER_MODEL}")
+
+
 def load_backbone(source: str | PreTrainedModel, *, encoder_decoder: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load a backbone, or copy one that is in memory, without its pooling layer or head.
 
@@ -57,8 +111,9 @@ def load_backbone(source: str | PreTrainedModel, *, encoder_decoder: bool = Fals
         **kwargs: Arguments of `AutoModel.from_pretrained`; not used for a model in memory.
 
     Raises:
-        ValueError: The backbone is an encoder-decoder and should be none.
+        ValueError: The backbone is an encoder-decoder and should be none; it is no model, or has adapters of PEFT.
     """
+    check_source(source)
     if isinstance(source, PreTrainedModel):
         # Training must not change the caller's model.
         backbone: Any = copy.deepcopy(source.base_model)
@@ -105,6 +160,7 @@ def adopt_backbone(backbone: PreTrainedModel, source: str = "", fresh: Collectio
         logger.warning(
             f"{source} has no weights for {sorted(fresh)} of {type(backbone).__name__}: they start at random"
         )
+    check_no_peft(backbone, "a backbone")
     modules: Any = backbone.modules()
     for module in modules:
         module._is_hf_initialized = True  # pretrained: the wrapper's post_init must leave these weights alone

@@ -18,7 +18,15 @@ from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from .all_heads import make_head
-from .backbone import align_memory, backbone_options, cast_parameters, default_pooling, load_backbone
+from .backbone import (
+    USE_ADAPTER_MODEL,
+    align_memory,
+    backbone_options,
+    cast_parameters,
+    check_no_peft,
+    default_pooling,
+    load_backbone,
+)
 from .configuration import MultiTaskConfig
 from .encoder_decoder import drop_decoder
 from .language_head import LanguageHead, is_tied
@@ -330,6 +338,31 @@ class ConstructedModel(SharingScheme):
         elif isinstance(module, nn.Embedding):  # of new tokens
             std = getattr(self.config.get_text_config(), "initializer_range", self.config.initializer_range)
             init.normal_(module.weight, mean=0.0, std=std)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model as `PreTrainedModel` does.
+
+        Raises:
+            ValueError: PEFT has put adapters into it, which could not be loaded again.
+        """
+        check_no_peft(self, "a saved multi-task model")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what Transformers offers here: an adapter of PEFT would freeze the heads and be saved without them.
+
+        Raises:
+            ValueError: Always; it names what to do instead.
+        """
+        raise ValueError(f"{type(self).__name__} takes no adapter of PEFT; {USE_ADAPTER_MODEL}")
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what Transformers offers here; see [`add_adapter`].
+
+        Raises:
+            ValueError: Always; it names what to do instead.
+        """
+        self.add_adapter()
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's input embeddings."""

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .backbone import CONFIG_OPTIONS, adopt_backbone, load_backbone, load_quietly
+from .backbone import CONFIG_OPTIONS, adopt_backbone, check_source, load_backbone, load_quietly
 from .encoder_decoder import as_backbone, places_of_backbone
 from .task_type import TaskType
 
@@ -57,6 +57,7 @@ def load_language_model(
     Raises:
         ValueError: Transformers has no such language model for the backbone.
     """
+    check_source(source)
     auto, writes = _AUTO[task_type], task_type is TaskType.SEQ2SEQ_LM
     if isinstance(source, PreTrainedModel):
         backbone = load_backbone(source, encoder_decoder=writes)
