@@ -245,7 +245,11 @@ class ConstructedModel(SharingScheme):
             state_dict: The tensors (default: the model's).
             push_to_hub: Whether to push the model afterwards.
             **kwargs: Further arguments of `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: PEFT has put adapters into the model, which could not be loaded again.
         """
+        self._check_saving()
         if os.path.isfile(save_directory) or kwargs.get("distributed_checkpoint"):
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
@@ -260,6 +264,9 @@ class ConstructedModel(SharingScheme):
         if push_to_hub and is_main_process:
             repo = hub.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo, **hub)
+
+    def _check_saving(self) -> None:
+        check_no_peft(self, "a saved multi-task model")
 
     @staticmethod
     def _record(recording: Recording, single: str, index: str) -> None:
@@ -338,15 +345,6 @@ class ConstructedModel(SharingScheme):
         elif isinstance(module, nn.Embedding):  # of new tokens
             std = getattr(self.config.get_text_config(), "initializer_range", self.config.initializer_range)
             init.normal_(module.weight, mean=0.0, std=std)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the model as `PreTrainedModel` does.
-
-        Raises:
-            ValueError: PEFT has put adapters into it, which could not be loaded again.
-        """
-        check_no_peft(self, "a saved multi-task model")
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what Transformers offers here: an adapter of PEFT would freeze the heads and be saved without them.

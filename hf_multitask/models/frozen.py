@@ -184,6 +184,7 @@ class FrozenBackboneModel(MultiTaskModel):
                 or folder that it could be loaded from). Those that were trained are written in any case.
             **kwargs: Further arguments of `PreTrainedModel.save_pretrained`.
         """
+        self._check_saving()
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         if save_backbone is None:
             save_backbone = self.config.backbone_name is None
