@@ -3,19 +3,26 @@
 A run that goes on from a checkpoint must be the run that was stopped. Beside `Trainer`'s files a checkpoint holds
 `multitask_state.json`: the tasks, what decides the order of the rows, and the rows seen. A difference that would make
 another run of it is an error that names the difference. `Trainer` writes `trainer_state.json` last, when all processes
-have written their part, so a checkpoint whose files are all there and whose last file can be read is complete.
+have written their part; after it comes the manifest with the SHA-256 of every file (see [`models.manifest`]), which
+says until then that the checkpoint is being written. A checkpoint is good where all files are there and none has
+changed since. Only then older ones are deleted, by step.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .balanced_step import MultiTaskBalancing
@@ -25,6 +32,7 @@ from .gap_sampling import MultiTaskGapSampling
 from .guard import LossGuard, nonfinite_saved_weights
 from .loading import make_sampler, total_steps
 from .models.limits import shown
+from .models.manifest import Recording, fault_in, saving
 from .models.saved_config import load_json
 from .models.task import Task
 from .models.weight_schedule import depends_on_length
@@ -34,6 +42,7 @@ __all__ = [
     "STATE_NAME",
     "MultiTaskCheckpoints",
     "compare_runs",
+    "delete_old_checkpoints",
     "describe_run",
     "incompleteness",
     "last_complete_checkpoint",
@@ -43,6 +52,19 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 STREAMS_NAME = "streams_{}.json"  # one of each process
+# Of an older checkpoint in the same folder, what a new one may not replace. The first one closes a checkpoint.
+_STATES = (
+    *("trainer_state.json", STATE_NAME, "streams_*", "rng_state*", "optimizer*", "scheduler.pt", "scaler.pt"),
+    *("pytorch_model*", "global_step*"),
+)
+# What would be loaded if it were there, so it has to be recorded.
+_LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", *_STATES)
+# Files that are saved with a model by `Trainer`, and the tokenizer's, whose vocabularies it names itself.
+_SAVED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "processor_config.json", "training_args.bin"),
+)
+_IN_BACKGROUND = 2**30  # bytes of a checkpoint from which on it is hashed while training goes on: about a second
 _TASK_FIELDS = ("name", "type", "labels", "weight", "weight_schedule", "auxiliary", "label_smoothing", "max_length")
 # Strategies whose probabilities depend on how long the whole training is.
 _NEED_LENGTH = ("annealed", "unimax")
@@ -133,7 +155,10 @@ def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) ->
 
 
 def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None:
-    """Return why training cannot go on from a checkpoint: a process was killed while it wrote, or deleted, it.
+    """Return why training cannot go on from a checkpoint.
+
+    A process was killed while it wrote or deleted it, or a file has changed since: every file is read, and compared
+    with the manifest where there is one.
 
     Args:
         checkpoint: The folder.
@@ -171,30 +196,106 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
         return "optimizer.pt is missing"
     if not sharded and not any(folder.glob("*.safetensors")):
         return "the weights are missing"
+    fault = fault_in(folder, _LOADED)
+    if fault is None and streaming:
+        try:
+            for rank in range(num_processes):
+                _read_streams(folder / STREAMS_NAME.format(rank))
+        except ValueError as error:
+            return str(error)
+    if fault is not None:
+        return fault
     bad = nonfinite_saved_weights(folder)
     return None if bad is None else f"{bad} holds weights that are NaN or infinite"
 
 
-def last_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> tuple[str | None, dict[str, str]]:
-    """Return the newest complete checkpoint in a folder, and why newer ones are not complete.
+def _read_streams(path: Path) -> dict[str, Any]:
+    """Return where the streams of a process were.
+
+    Raises:
+        ValueError: The file is empty, cut off, or holds something else.
+    """
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} in {str(path.parent)!r} cannot be read: {error}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("streams"), dict) or "batches" not in state:
+        raise ValueError(f"{path.name} in {str(path.parent)!r} holds {shown(state)}, which is no state of streams")
+    return state
+
+
+def _clear(folder: Path) -> None:
+    """Delete the states that an older checkpoint left in a folder; the file that closes it goes first."""
+    for pattern in _STATES:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _close_checkpoint(recording: Recording, run_folder: str, limit: int | None, step: int, best: str | None) -> None:
+    """Write the manifest of a checkpoint, and then delete older checkpoints."""
+    recording.finish()
+    delete_old_checkpoints(run_folder, limit, step, best)
+
+
+def last_complete_checkpoint(
+    output_dir: str | Path, num_processes: int = 1, check: Callable[[str], str | None] | None = None
+) -> tuple[str | None, dict[str, str]]:
+    """Return the newest good checkpoint in a folder, and why newer ones are passed over.
 
     Args:
         output_dir: The folder of the run.
         num_processes: Number of processes.
+        check: What says why a checkpoint cannot be used (default: [`incompleteness`]).
 
     Returns:
         The checkpoint's folder or None, and reasons by folder.
     """
-    folders = [
-        path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()
-    ]
     skipped: dict[str, str] = {}
-    for folder in sorted(folders, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        reason = incompleteness(folder, num_processes)
+    for _, folder in sorted(_checkpoints(output_dir).items(), reverse=True):
+        reason = incompleteness(folder, num_processes) if check is None else check(str(folder))
         if reason is None:
             return str(folder), skipped
         skipped[str(folder)] = reason
     return None, skipped
+
+
+def _checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """Return the checkpoints in the folder of a run, by step."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in Path(output_dir).glob("checkpoint-*")}
+    return {int(step): path for step, path in found.items() if step.isdigit() and path.is_dir()}
+
+
+def delete_old_checkpoints(output_dir: str | Path, limit: int | None, step: int, best: str | None = None) -> list[int]:
+    """Delete checkpoints beyond a number, the earliest steps first.
+
+    `Trainer` goes by the folders' times of modification, which a copy or an edit changes. Checkpoints of later steps
+    than the present one are of an older run, or were left behind on purpose, and go first. The present one and the
+    best one stay.
+
+    Args:
+        output_dir: The folder of the run.
+        limit: The most checkpoints that stay (`save_total_limit`); None or 0 for all.
+        step: The step of the checkpoint that was just written.
+        best: The folder of the best checkpoint.
+
+    Returns:
+        The steps whose checkpoints were deleted.
+    """
+    found = _checkpoints(output_dir)
+    if not limit or limit < 0:
+        return []
+    kept = {
+        number for number, path in found.items() if number == step or (best and path.resolve() == Path(best).resolve())
+    }
+    others = sorted(set(found) - kept, key=lambda number: (number < step, number))
+    deleted = others[: max(len(found) - max(limit, len(kept)), 0)]
+    for number in deleted:
+        (found[number] / _STATES[0]).unlink(missing_ok=True)  # what is left, should this be interrupted, is incomplete
+        shutil.rmtree(found[number], ignore_errors=True)
+    return deleted
 
 
 class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
@@ -203,6 +304,8 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
     args: MultiTaskTrainingArguments
     train_dataset: Any
     _preparing: dict[str, Any]
+    _closing: Future | None = None  # of the last checkpoint, while it is hashed
+    _deletes_checkpoints = False  # rather than `Trainer`
 
     def train(
         self,
@@ -210,19 +313,40 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last *complete* checkpoint."""
+        """Train; `resume_from_checkpoint=True` goes on from the last *good* checkpoint.
+
+        A checkpoint is good where it is complete and none of its files has changed since it was written. With `True`
+        others are passed over with a warning; one that is named is refused.
+        """
         if self.tasks and resume_from_checkpoint is True:
-            found, skipped = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size)
+            found, skipped = last_complete_checkpoint(
+                str(self.args.output_dir), self.args.world_size, self._fault_of_checkpoint
+            )
             for folder, why in skipped.items():
-                logger.warning(f"checkpoint {folder} is not complete and is passed over: {why}")
+                logger.warning(f"checkpoint {folder} is not complete or has changed, and is passed over: {why}")
             if found is None:
-                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir!r} to go on from")
+                reasons = "".join(f"\n  {folder}: {why}" for folder, why in skipped.items())
+                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir!r} to go on from{reasons}")
             resume_from_checkpoint = found
-        elif self.tasks and isinstance(resume_from_checkpoint, str):
-            reason = incompleteness(resume_from_checkpoint, self.args.world_size)
+        elif self.tasks and isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            reason = self._fault_of_checkpoint(resume_from_checkpoint)
             if reason is not None:
-                raise ValueError(f"cannot go on from {resume_from_checkpoint!r}, it is not complete: {reason}")
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                raise ValueError(
+                    f"cannot go on from {resume_from_checkpoint!r}, it is not complete: {reason}; "
+                    "resume_from_checkpoint=True takes the last good checkpoint"
+                )
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._finish_checkpoint()
+
+    def _fault_of_checkpoint(self, folder: str) -> str | None:
+        """Return why a checkpoint cannot be used; a collective call, in which one process of each machine reads it."""
+        folder = broadcast_object_list([folder])[0]
+        reads = self.args.local_process_index == 0
+        reasons = gather_object([incompleteness(folder, self.args.world_size) if reads else None])
+        return next((reason for reason in reasons if reason is not None), None)
 
     def _describe_run(self) -> dict[str, Any]:
         sampler = make_sampler(self.args, self.train_dataset, self._train_batch_size)
@@ -243,10 +367,97 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             self.accelerator.unwrap_model(self.model).load_adapters(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """Load the weights of the best checkpoint, and what the sharing scheme saves beside them."""
+        """Load the weights of the best checkpoint, and what the sharing scheme saves beside them.
+
+        Raises:
+            ValueError: A file of the checkpoint is missing, or has changed since it was written.
+        """
+        if self.tasks:
+            self._finish_checkpoint()
+            self._check_best(str(self.state.best_model_checkpoint))
         super()._load_best_model()
         if self.tasks:
             self.accelerator.unwrap_model(self.model).load_adapters(str(self.state.best_model_checkpoint))
+
+    def _check_best(self, folder: str) -> None:
+        """Raise ValueError where the weights of the best checkpoint are missing or have changed."""
+        place = Path(folder)
+        if not place.is_dir() or not any(place.rglob(kind) for kind in ("*.safetensors", "*.distcp", "*.pt", "*.bin")):
+            fault: str | None = "its weights are missing"
+        else:
+            fault = fault_in(folder, ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"))
+        if fault is not None:
+            raise ValueError(
+                f"load_best_model_at_end: the best checkpoint {folder!r} cannot be loaded: {fault}. The model is as it "
+                "was after the last step; the last checkpoint has it"
+            )
+
+    # ---- saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `Trainer` does, with a manifest of all files."""
+        if not self.tasks:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        with saving(folder, self.args.should_save) as recording:
+            super().save_model(folder, _internal_call=True)
+            if self._deletes_checkpoints:  # from here on; the arguments that were saved have the user's number
+                self.args.save_total_limit = None
+            if self.args.should_save:
+                vocabularies = getattr(self.processing_class, "vocab_files_names", {})
+                recording.add_known([*_SAVED, *vocabularies.values()])
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish training as `Trainer` does, which may delete checkpoints."""
+        self._finish_checkpoint()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint and its manifest; then delete older ones, by step."""
+        if not self.tasks:
+            super()._save_checkpoint(model, trial)
+            return
+        self._finish_checkpoint()
+        step, run_folder = self.state.global_step, str(self._get_output_dir(trial))
+        limit = self.args.save_total_limit
+
+        def close(recording: Recording) -> None:
+            best = self.state.best_model_checkpoint
+            recording.add_all()
+            size = sum(path.stat().st_size for path in recording.folder.rglob("*") if path.is_file())
+            if size < _IN_BACKGROUND or self._somebody_takes_checkpoints():
+                _close_checkpoint(recording, run_folder, limit, step, best)
+                return
+            worker = ThreadPoolExecutor(1)
+            self._closing = worker.submit(_close_checkpoint, recording, run_folder, limit, step, best)
+            worker.shutdown(wait=False)
+
+        folder = Path(run_folder, f"checkpoint-{step}")
+        with saving(folder, self.args.should_save, close=close) as recording:
+            if self.args.should_save:
+                _clear(folder)
+                recording.kept.clear()
+            if self.args.world_size > 1:
+                torch.distributed.barrier()  # before other processes write their part
+            try:
+                self._deletes_checkpoints = True
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._deletes_checkpoints = False
+                self.args.save_total_limit = limit
+
+    def _somebody_takes_checkpoints(self) -> bool:
+        """Return whether a callback of the user's is told of a checkpoint, and may copy it at once."""
+        return any(type(one).on_save is not TrainerCallback.on_save for one in self.callback_handler.callbacks)
+
+    def _finish_checkpoint(self) -> None:
+        """Wait until the last checkpoint is closed."""
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            closing.result()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn of tensors that a checkpoint lacks, save those that are not in the file that was loaded."""
@@ -273,8 +484,8 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             model.config.tasks = [task.to_dict() for task in model.tasks]
             if isinstance(self.train_dataset, StreamingMixture):
                 name = STREAMS_NAME.format(self.args.process_index)
-                stored = Path(checkpoint, name).read_text(encoding="utf-8") if checkpoint and state is not None else ""
-                self.train_dataset.restart(json.loads(stored) if stored else None)
+                stored = _read_streams(Path(checkpoint, name)) if checkpoint and state is not None else None
+                self.train_dataset.restart(stored)
             self._take_tasks_of_trial()
             self.progress.restart((state or {}).get("rows_seen", {}))
             self.guard = LossGuard(*((state or {}).get(key, 0) for key in ("skipped_steps", "skipped_in_a_row")))

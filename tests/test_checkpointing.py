@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_tasks
+from transformers import TrainerCallback
 
 from hf_multitask import HardSharingModel, Task
-from hf_multitask.checkpointing import incompleteness, last_complete_checkpoint
+from hf_multitask.checkpointing import delete_old_checkpoints, incompleteness, last_complete_checkpoint
+from hf_multitask.models.manifest import MANIFEST_NAME, Recording, changed_files, write_manifest
 
 
 @pytest.fixture
@@ -129,6 +135,7 @@ def test_another_number_of_processes_is_refused(trained):
     state = json.loads(path.read_text())
     state["run"]["number of processes"] = 2
     path.write_text(json.dumps(state))
+    write_manifest(folder / "checkpoint-4")
     with pytest.raises(ValueError, match="number of processes: 2 in the checkpoint, 1 now"):
         make().train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
@@ -182,3 +189,157 @@ def test_save_only_model_leaves_no_state_to_resume_from(make_trainer, model, tmp
     trainer = make_trainer(model, save_strategy="steps", save_steps=4, save_only_model=True)
     trainer.train()
     assert incompleteness(Path(trainer.args.output_dir, "checkpoint-4"))
+
+
+# ---- bytes that have changed ----
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def files_of(checkpoint):
+    return {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+
+
+def test_every_file_of_a_checkpoint_is_recorded(trained):
+    folder, *_ = trained
+    for step in (2, 4, 6):
+        checkpoint = folder / f"checkpoint-{step}"
+        manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
+        assert set(manifest["files"]) == files_of(checkpoint) - {MANIFEST_NAME} and not changed_files(checkpoint)
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "tokenizer.json"} < set(manifest["files"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_with_a_changed_file_is_passed_over_by_name(trained, name, caplog):
+    folder, make, expected = trained
+    flip(folder / "checkpoint-6" / name)
+    with pytest.raises(ValueError, match=f"checkpoint-6.*{name}"):
+        make().train(resume_from_checkpoint=folder / "checkpoint-6")
+    trainer = make()
+    logging.getLogger("transformers").propagate = True
+    trainer.train(resume_from_checkpoint=True)
+    assert any("checkpoint-6" in line and name in line for line in caplog.messages)
+    assert all(torch.equal(expected[key], p) for key, p in trainer.model.named_parameters())
+
+
+def test_a_file_of_another_checkpoint_is_noticed(trained):
+    folder, make, _ = trained
+    shutil.copy(folder / "checkpoint-4" / "model.safetensors", folder / "checkpoint-6" / "model.safetensors")
+    assert last_complete_checkpoint(folder)[0] == str(folder / "checkpoint-4")
+    shutil.copy(folder / "checkpoint-4" / "optimizer.pt", folder / "checkpoint-4" / "optimizer.bin")
+    assert "optimizer.bin was not saved with the rest" in incompleteness(folder / "checkpoint-4")
+
+
+def test_a_checkpoint_of_a_version_without_manifests_is_taken(trained):
+    folder, make, expected = trained
+    for step in (2, 4, 6):
+        (folder / f"checkpoint-{step}" / MANIFEST_NAME).unlink()
+    (folder / "checkpoint-6" / "optimizer.pt").unlink()
+    trainer = make()
+    trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(expected[name], p) for name, p in trainer.model.named_parameters())
+
+
+def test_what_an_older_run_left_in_a_folder_does_not_stay(trained):
+    folder, make, _ = trained
+    for step in (2, 4, 6):
+        for name in ("streams_0.json", "rng_state_1.pth", "optimizer.bin", "scaler.pt", "README.md"):
+            (folder / f"checkpoint-{step}" / name).write_text("old")
+    make().train()
+    for step in (2, 4, 6):
+        left = files_of(folder / f"checkpoint-{step}")
+        assert "README.md" in left and not left & {"streams_0.json", "rng_state_1.pth", "optimizer.bin", "scaler.pt"}
+        assert incompleteness(folder / f"checkpoint-{step}") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", None])
+def test_the_best_checkpoint_is_checked_before_it_is_loaded(trained, name):
+    folder, make, _ = trained
+
+    class Spoils(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            raise AssertionError("training went on with other weights")
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                best = folder / f"checkpoint-{state.best_global_step}"
+                flip(best / name) if name else shutil.rmtree(best)
+
+    trainer = make(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, max_steps=4)
+    trainer.add_callback(Spoils())
+    with pytest.raises(ValueError, match=name or "weights are missing"):
+        trainer.train()
+
+
+def test_a_saved_model_has_its_tokenizer_recorded(trained, tmp_path):
+    _, make, _ = trained
+    trainer = make()
+    trainer.save_model(str(tmp_path / "model"))
+    manifest = json.loads((tmp_path / "model" / MANIFEST_NAME).read_text())
+    assert set(manifest["files"]) == files_of(tmp_path / "model") - {MANIFEST_NAME}
+
+
+# ---- rotation ----
+
+
+def test_checkpoints_are_deleted_by_step_not_by_the_time_of_their_folders(trained):
+    folder, make, expected = trained
+    trainer = make(max_steps=8, save_total_limit=2)
+    os.utime(folder / "checkpoint-2", (2**31, 2**31))  # as after an edit
+    trainer.train(resume_from_checkpoint=True)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    assert trainer.args.save_total_limit == 2
+    assert torch.load(folder / "checkpoint-8" / "training_args.bin", weights_only=False).save_total_limit == 2
+
+
+ROTATIONS = {
+    # checkpoints, limit, step, best: those that stay
+    "the earliest go": ([2, 4, 6, 8], 2, 8, None, [6, 8]),
+    "ten is after nine": ([9, 10], 1, 10, None, [10]),
+    "the best stays": ([2, 4, 6, 8], 2, 8, 2, [2, 8]),
+    "the best and the present one stay at a limit of 1": ([2, 4, 6], 1, 6, 2, [2, 6]),
+    "those of an older, longer run go first": ([2, 400, 500], 2, 2, None, [2, 500]),
+    "the present one stays, whatever there is": ([2, 400, 500], 1, 2, None, [2]),
+    "no limit": ([2, 4], None, 4, None, [2, 4]),
+    "a limit of 0 is none": ([2, 4], 0, 4, None, [2, 4]),
+}
+
+
+@pytest.mark.parametrize("case", ROTATIONS)
+def test_which_checkpoints_stay(tmp_path, case):
+    steps, limit, step, best, stay = ROTATIONS[case]
+    for number, each in enumerate(steps):
+        (tmp_path / f"checkpoint-{each}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{each}", (10**9 - number, 10**9 - number))
+    (tmp_path / "checkpoint-x").mkdir()
+    best_folder = None if best is None else os.path.relpath(tmp_path / f"checkpoint-{best}")
+    deleted = delete_old_checkpoints(tmp_path, limit, step, best_folder)
+    assert sorted(set(steps) - set(deleted)) == stay
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{each}" for each in stay} | {"checkpoint-x"}
+
+
+def test_a_large_checkpoint_is_hashed_while_training_goes_on(trained, monkeypatch):
+    folder, make, expected = trained
+    monkeypatch.setattr("hf_multitask.checkpointing._IN_BACKGROUND", 0)
+    threads = []
+    finish = Recording.finish
+
+    def noted(recording):
+        threads.append(threading.current_thread() is threading.main_thread())
+        time.sleep(0.2)
+        finish(recording)
+
+    monkeypatch.setattr(Recording, "finish", noted)
+    trainer = make(save_total_limit=2)
+    trainer.train()
+    assert threads == [False] * 3 and {path.name for path in folder.glob("checkpoint-*")} == {
+        "checkpoint-4",
+        "checkpoint-6",
+    }
+    assert all(incompleteness(path) is None for path in folder.glob("checkpoint-*"))
+    assert all(torch.equal(expected[name], p) for name, p in trainer.model.named_parameters())

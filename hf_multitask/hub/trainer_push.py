@@ -14,8 +14,9 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..models.manifest import record_copies
 from ..models.task import Task
 from .card_sources import facts_of_trainer
 from .code import CODE_FOLDER, write_code
@@ -27,6 +28,12 @@ __all__ = ["MultiTaskPushing"]
 
 logger = logging.get_logger(__name__)
 
+# What a checkpoint has and a model has not, and what `Trainer` writes anew.
+_ONLY_HERE = (
+    *("trainer_state.json", "multitask_state.json", "streams_*", "rng_state*", "optimizer*", "scheduler.pt"),
+    *("scaler.pt", "pytorch_model*", "global_step*", "training_args.bin", "*.distcp", "*/.metadata"),
+    *("latest", "zero_to_fp32.py"),
+)
 _PART_FOLDERS = ("adapters", "shared_adapter", CODE_FOLDER)
 
 
@@ -120,6 +127,9 @@ class MultiTaskPushing(Trainer):
             running = self.push_in_progress is not None and not self.push_in_progress.is_done()
             if self.args.hub_always_push or not running:
                 self._tell_of_failed_pushes()
+                record_copies(checkpoint_folder, self.args.output_dir, _ONLY_HERE)
+                if Path(checkpoint_folder, SAFE_WEIGHTS_INDEX_NAME).is_file():  # else the older file would be loaded
+                    Path(self.args.output_dir, SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
                 for name in _PART_FOLDERS:
                     if Path(checkpoint_folder, name).is_dir():
                         shutil.copytree(

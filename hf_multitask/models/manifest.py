@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,6 +44,7 @@ __all__ = [
     "fault_in",
     "manifest_of",
     "read_manifest",
+    "record_copies",
     "saving",
     "sha256_of",
     "write_manifest",
@@ -66,7 +68,7 @@ _active: ContextVar[Mapping[str, Recording] | None] = ContextVar("saves in progr
 
 
 def read_manifest(folder: Any, options: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-    """Return the manifest of a saved model, or None where there is none.
+    """Return the manifest of a saved model, or None where there is none (or where it is just being saved).
 
     Args:
         folder: A folder or a Hub id.
@@ -75,6 +77,9 @@ def read_manifest(folder: Any, options: Mapping[str, Any] | None = None) -> dict
     Raises:
         ValueError: It is damaged, of a newer version, or says that saving was interrupted.
     """
+    writing = active_recording(folder) if os.path.isdir(folder) else None
+    if writing is not None and not writing.is_finished:
+        return None  # by this very call
     file = _find(folder, MANIFEST_NAME, options)
     if file is None:
         return None
@@ -363,6 +368,25 @@ def saving(
     finally:
         _active.reset(before)
     close(recording)
+
+
+def record_copies(source: str | Path, target: str | Path, leave_out: Iterable[str]) -> None:
+    """Write the manifest of a folder that gets copies of the files of another one, which may still be being saved.
+
+    Args:
+        source: The folder with the files; if it is being saved, its files are all there by now.
+        target: Where the copies go.
+        leave_out: Patterns of names of files that are not copied.
+    """
+    recording = active_recording(source)
+    if recording is not None:
+        recording.add_all()
+        recording.finish()
+    content = read_manifest(source)
+    if content is not None:
+        files = content["files"].items()
+        copied = {name: entry for name, entry in files if not any(fnmatch(name, pattern) for pattern in leave_out)}
+        _write(Path(target), {**content, "files": copied})
 
 
 def active_recording(folder: str | os.PathLike) -> Recording | None:
