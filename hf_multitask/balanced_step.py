@@ -22,7 +22,7 @@ from .models.passes import Segment, cut_rows, places_in_pass
 from .models.scheme import SharingScheme
 from .models.task import Task
 from .training_args import MultiTaskTrainingArguments
-from .window import TaskProgress, Window
+from .window import TaskProgress, WatchedWindow, Window
 
 __all__ = ["MultiTaskBalancing"]
 
@@ -40,6 +40,9 @@ class MultiTaskBalancing(Trainer):
     balancer: TaskBalancer
     progress: TaskProgress
     guard: LossGuard
+    _scaled_is_declared: bool | None = None
+    _watched: WatchedWindow | None = None
+    _recorded = False
 
     def _begin_balancing(self, args: MultiTaskTrainingArguments) -> None:
         """Begin a run: no weights learned, no gradients kept."""
@@ -137,7 +140,32 @@ class MultiTaskBalancing(Trainer):
             self.balancer.cosines = None  # there is nothing to compare from now on
 
     def _run_plain(self, model: nn.Module, inputs: dict[str, Any], window: Any, last: bool) -> Tensor:
-        """Run forward and backward of all tasks together, as `Trainer` does.
+        """Run forward and backward of all tasks together; an overridden `compute_loss` is called by it."""
+        if not self._overrides_loss or self._decided is not None:
+            return self._run_together(model, inputs, window, last)
+        self._watched, self._recorded = WatchedWindow(window.rows, window.items, window.tokens), False
+        inputs = {**inputs, "penalty_scale": 0.0}  # it is added once, at the end of the step
+        if self.args.world_size > 1:
+            inputs["run_every_head"] = True
+        inner: Any = self.accelerator.unwrap_model(model)
+        handle = inner.register_forward_hook(self._record_losses)
+        try:
+            return self._run_together(model, inputs, self._watched, last)
+        finally:
+            handle.remove()
+
+    def _record_losses(self, _: nn.Module, __: Any, outputs: Any) -> None:
+        """Record the losses of the heads in a pass of an overridden `compute_loss`; of several passes, the first."""
+        rows = outputs.get("row_losses") if isinstance(outputs, Mapping) else None
+        if rows is None or self._recorded or self._watched is None:
+            return
+        self._recorded = True
+        items = vars(self._watched)["items"]
+        self.progress.add_losses({task: rows[task].sum() / items[task] for task in rows if task in items})
+        self.guard.add(rows)
+
+    def _run_together(self, model: nn.Module, inputs: dict[str, Any], window: Any, last: bool) -> Tensor:
+        """Run forward and backward as `Trainer` does.
 
         DDP adds up the gradients of the parameters that were trained when it was made. Where others are trained now,
         it is left out, and gradients are added up here, after the last micro-batch of a window.
@@ -154,31 +182,57 @@ class MultiTaskBalancing(Trainer):
 
     # ---- the loss ----
 
+    @property
+    def _overrides_loss(self) -> bool:
+        """Whether the loss is the user's: a subclass overrides `compute_loss`."""
+        return getattr(self.compute_loss, "__func__", None) is not MultiTaskBalancing.compute_loss
+
+    @property
+    def loss_is_scaled_for_ga(self) -> bool | None:  # type: ignore[override]
+        """Whether a loss is a part of its window's, rather than the mean of its micro-batch, as `Trainer` asks.
+
+        A subclass may declare it. Otherwise a loss that was made without looking at the window is a mean.
+        """
+        if self._scaled_is_declared is not None or not self.tasks:
+            return self._scaled_is_declared
+        return not self._overrides_loss or (self._watched is not None and self._watched.was_read)
+
+    @loss_is_scaled_for_ga.setter
+    def loss_is_scaled_for_ga(self, value: bool | None) -> None:
+        self._scaled_is_declared = value
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return this micro-batch's part of the window's loss, `sum of share * weight * loss` over tasks."""
+        """Return this micro-batch's part of the window's loss, `sum of share * weight * loss` over tasks.
+
+        A subclass may override this where each step is trained with one loss: with `loss_weighting="static"`, without
+        gradient combination, gating, logged conflicts or `weight_schedule`; anything else is refused when the trainer
+        is made. `num_items_in_batch` is the [`Window`]. What this method returns adds up over the micro-batches of a
+        step (and over processes: it is multiplied with their number, as data parallelism takes the mean). A loss that
+        the override computes without this method or the window is the mean of its micro-batch, and is divided by their
+        number, as by `Trainer`; set the class attribute `loss_is_scaled_for_ga` to say otherwise. The logged
+        `loss/<task>`, and `eval_<task>_loss`, are those of the heads in any case.
+        """
         if not self.tasks or not isinstance(num_items_in_batch, Window):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         window, balancer = num_items_in_batch, self.balancer
         if balancer.combines:
             self._scales = passing_scales(self.accelerator.unwrap_model(model), balancer.coefficients)
         factors = balancer.factors(window, self.state.global_step) if self._decided is None else self._decided
-        outputs = model(
-            **{
-                **inputs,
-                "num_items": {task: window.items.get(task, 0) for task in inputs["labels"]},
-                "num_tokens": window.tokens,
-            },
+        own = {
+            "num_items": {task: window.items.get(task, 0) for task in inputs["labels"]},
+            "num_tokens": window.tokens,
             # Rows of a task without a labelled item in the window run along and count 0.
-            loss_weights=dict.fromkeys(inputs["labels"], 0.0) | factors,
-            gradient_scales=self._scales if balancer.combines else None,
-            penalty_scale=0.0,  # it is added once, at the end of the step
-            single_pass=self.accelerator.distributed_type in _SHARDED,
-            run_every_head=self.args.world_size > 1,
-        )
+            "loss_weights": dict.fromkeys(inputs["labels"], 0.0) | factors,
+            "gradient_scales": self._scales if balancer.combines else None,
+            "penalty_scale": 0.0,  # it is added once, at the end of the step
+            "single_pass": self.accelerator.distributed_type in _SHARDED,
+            "run_every_head": self.args.world_size > 1,
+        }
+        outputs = model(**(inputs | own))
         loss, losses = outputs["loss"], outputs["task_losses"]
-        if self._decided is None:
+        if self._decided is None and not self._overrides_loss:
             self.progress.add_losses(losses)
             self.guard.add(outputs["row_losses"])
         frozen = balancer.weighting.needs_gradient_norms and not self._shared  # no norms: the weights stay as they are

@@ -38,7 +38,7 @@ class SourceMetrics:
     Args:
         tasks: The tasks.
         custom: By task, the user's callables or `evaluate` modules; the others get the default metrics.
-        preprocess: The user's `preprocess_logits_for_metrics`.
+        preprocess: By task, the user's `preprocess_logits_for_metrics`.
         prefix: Prefix of all keys.
         rows: The prepared rows, in which answers to questions are looked up.
     """
@@ -47,7 +47,7 @@ class SourceMetrics:
         self,
         tasks: Sequence[Task],
         custom: Mapping[str, Any],
-        preprocess: Callable | None,
+        preprocess: Mapping[str, Callable],
         prefix: str,
         rows: Any = None,
     ) -> None:
@@ -67,18 +67,22 @@ class SourceMetrics:
         return {task: self._reduce(task, values, labels) for task, values in outputs.items()}
 
     def reduce_language(self, outputs: dict[str, tuple], labels: Any) -> dict[str, tuple]:
-        """Shrink logits over the vocabulary, which nobody could keep for whole datasets, and no others."""
-        return {
-            task: (values[0].argmax(-1), *values[1:]) if task in self._language and len(values) != 2 else values
-            for task, values in outputs.items()
-        }
+        """Do what the user asks with logits, and shrink those over the vocabulary, which would fill the memory."""
+        result = {}
+        for task, values in outputs.items():
+            if task in self._preprocess:
+                values = self._reduce(task, values, labels)
+            elif task in self._language and len(values) != 2:
+                values = (values[0].argmax(-1), *values[1:])
+            result[task] = values
+        return result
 
     def _reduce(self, task: str, values: tuple, labels: Any) -> tuple:
         if len(values) == 2:  # losses only
             return values
         logits, *rest = values
-        if self._preprocess is not None:
-            logits = self._preprocess(logits, labels.get(task) if labels else None)
+        if task in self._preprocess:
+            logits = self._preprocess[task](logits, labels.get(task) if labels else None)
         elif task in self._argmax:
             # Padding added on the way (other processes have longer rows) is -100 in every logit; it is ignored later.
             logits = torch.argmax(logits, dim=-1)
@@ -137,6 +141,43 @@ def check_compute_metrics(compute_metrics: Any, tasks: Sequence[Task]) -> dict[s
                     f"tasks {other!r} and {task.name!r} would both report eval_{task.name}_{metric}; rename one"
                 )
     return dict(compute_metrics)
+
+
+def check_preprocess(preprocess: Any, tasks: Sequence[Task], compute_metrics: Mapping[str, Any]) -> dict[str, Callable]:
+    """Return the user's `preprocess_logits_for_metrics` by task; a single function is for tasks with own metrics.
+
+    Raises:
+        ValueError: A key is no task, a task has default metrics, which need the logits as they are, or its logits are
+            put together before metrics see them.
+        TypeError: It is neither a function nor a dictionary of functions.
+    """
+    if preprocess is None:
+        return {}
+    where = "preprocess_logits_for_metrics"
+    single = not isinstance(preprocess, Mapping)
+    if single and not compute_metrics:
+        raise ValueError(
+            f"{where} is one function, which is called for the tasks in compute_metrics, and there are none: default "
+            "metrics need the logits as they are (and keep only what they need of them); give compute_metrics too"
+        )
+    by_task = dict.fromkeys(compute_metrics, preprocess) if single else dict(preprocess)
+    by_name = {task.name: task for task in tasks}
+    for name, function in by_task.items():
+        if name not in by_name:
+            raise ValueError(f"{where}: {name!r} is no task{closest(name, by_name)}; tasks are {', '.join(by_name)}")
+        if not callable(function):
+            raise TypeError(f"{where} must be a function, or map task names to functions, got {function!r}")
+        if name not in compute_metrics:
+            raise ValueError(
+                f"{where}: task {name!r} has default metrics, which need its logits as they are; give it "
+                "compute_metrics of its own too"
+            )
+        if by_name[name].type is TaskType.QUESTION_ANSWERING:
+            raise ValueError(
+                f"{where}: task {name!r} answers questions, and its metrics get answers that were found with all "
+                "logits; leave it out: name the other tasks in a dictionary"
+            )
+    return by_task
 
 
 class MultiTaskEvaluation(TargetEvaluation):
@@ -277,7 +318,10 @@ class MultiTaskEvaluation(TargetEvaluation):
         kept = self.compute_metrics, self.preprocess_logits_for_metrics
         own = {task.name for task in source.tasks}
         # Rows may have been prepared before the trainer's tasks were decided.
-        metrics = SourceMetrics([task for task in self.tasks if task.name in own], self._metrics, kept[1], prefix, rows)
+        preprocess = check_preprocess(kept[1], self.tasks, self._metrics)
+        metrics = SourceMetrics(
+            [task for task in self.tasks if task.name in own], self._metrics, preprocess, prefix, rows
+        )
         self.compute_metrics = metrics
         self.preprocess_logits_for_metrics = metrics.reduce_language if keep_logits else metrics.reduce
         try:

@@ -37,7 +37,10 @@ class MultiTaskGuarding(MultiTaskBalancing):
         bad = self.guard.check(self.args.device, self.args.world_size, total)
         if bad is None:
             return None
-        elsewhere = "on another process" if self.args.world_size > 1 else "what is added to the losses of the rows"
+        elsewhere = "what is added to the losses of the rows"
+        if self._overrides_loss:
+            elsewhere = f"what {type(self).__name__}.compute_loss returned"
+        elsewhere += ", or on another process" if self.args.world_size > 1 else ""
         lines = [f"task {b.task!r}: {self._describe_rows(b)}" for b in bad] or [elsewhere]
         return f"a loss of step {self.state.global_step} is NaN or infinite:\n  " + "\n  ".join(lines)
 

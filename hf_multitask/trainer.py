@@ -6,8 +6,9 @@ them, weighs losses over whole optimizer steps, and logs and evaluates each task
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from operator import itemgetter
 from typing import Any, ClassVar, cast
@@ -31,7 +32,7 @@ from .data.schedule import ShareChanges
 from .data.sources import make_sources, trained_sources, without_held_out
 from .data.span_answers import decide_null_answers
 from .data.streaming import StreamingMixture, is_stream
-from .evaluation import MultiTaskEvaluation, check_compute_metrics
+from .evaluation import MultiTaskEvaluation, check_compute_metrics, check_preprocess
 from .generation import check_generation
 from .guard import LossGuard
 from .guarded_step import MultiTaskGuarding
@@ -48,6 +49,30 @@ __all__ = ["MultiTaskSeq2SeqTrainer", "MultiTaskTrainer", "MultiTaskTrainerMixin
 logger = logging.get_logger(__name__)
 
 
+# Methods of `Trainer` that a multi-task trainer replaces: those of a class behind the mixin are not called.
+_REPLACED = ("compute_loss", "prediction_step", "evaluate", "predict", "get_train_dataloader", "get_batch_samples")
+# Methods of `Trainer` that nothing calls for a multi-task model, and what to use.
+_NEVER_CALLED = {
+    "_get_train_sampler": "task_sampling says how rows are drawn; override get_train_dataloader for other batches",
+    "_get_num_items_in_batch": "items are counted per task; override get_batch_samples",
+    "get_eval_dataloader": "each task is evaluated from a loader of its own; give another data_collator",
+    "get_test_dataloader": "each task is predicted from a loader of its own; give another data_collator",
+}
+
+
+def _task_by_task(args: MultiTaskTrainingArguments, tasks: Sequence[Task]) -> str | None:
+    """Return the argument for which the losses or gradients of tasks are looked at one by one, or None."""
+    found = {
+        "loss_weighting": args.loss_weighting != "static",
+        "gradient_combination": args.gradient_combination != "sum",
+        "auxiliary_gating": args.auxiliary_gating is not None,
+        "conflict_logging_steps": args.conflict_logging_steps > 0,
+    }
+    named = [f"{name}={getattr(args, name)!r}" for name, asked in found.items() if asked]
+    named += [f"Task({task.name!r}, weight_schedule=...)" for task in tasks if task.weight_schedule is not None]
+    return named[0] if named else None
+
+
 class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTaskGuarding, MultiTaskPushing):
     """What makes a `Trainer`, or a class derived from it, one for multi-task models.
 
@@ -61,6 +86,9 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
     - `processing_class` is the backbone's tokenizer.
     - `compute_metrics` maps task names to callables or modules of the `evaluate` library; tasks that are not in it
       get the default metrics of their type.
+    - `preprocess_logits_for_metrics` maps names of such tasks to callables; a single callable is for all tasks in
+      `compute_metrics`, and for no others.
+    - `compute_loss` may be overridden where each step is trained with one loss (see there).
     - Log lines hold `loss/<task>` and `share/<task>`; evaluations `eval_<task>_<metric>`, `eval_<task>_loss` and
       `eval_average`, the mean of the primary metrics of the tasks that are not auxiliary.
     - `predict` returns one `PredictionOutput` per task.
@@ -77,6 +105,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         processing_class: See above.
         compute_loss_func: For plain models only.
         compute_metrics: See above.
+        preprocess_logits_for_metrics: See above.
 
     Raises:
         ValueError: Something does not fit; everything is checked before training begins.
@@ -84,6 +113,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
     """
 
     default_args_class: ClassVar[type[MultiTaskTrainingArguments]] = MultiTaskTrainingArguments
+    _drawn_at: int | None = None  # the step that the last window was drawn for, until it is trained
+    _has_own_rates = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = _bind(super().__init__, args, kwargs)
@@ -126,6 +157,9 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         if not isinstance(args, self.default_args_class):
             wanted = self.default_args_class.__name__
             raise TypeError(f"args must be {wanted} for a multi-task model, got {type(args).__name__}")
+        if self._overrides_loss and args.ddp_find_unused_parameters is None:
+            args = copy.copy(args)
+            args.ddp_find_unused_parameters = True  # the user's loss need not depend on every head
         args = settle_args(args, given.get("compute_loss_func"), (given.get("optimizers") or (None, None))[0])
         check_tokenizer(tokenizer, model)
         self._sources = make_sources(self.tasks, model.shares_rows)
@@ -156,16 +190,46 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             packing=args.packing,
             packing_length=args.packing_length,
         )
-        # What `compute_loss` returns is divided by the items of the whole window already.
-        self.loss_is_scaled_for_ga = True
         self.progress = TaskProgress([task.name for task in self.tasks])
         self.guard = LossGuard()
         self.share_changes = ShareChanges()
         self._begin_sampling(args, train, evaluation)
         self._begin_balancing(args)
+        self._check_overrides(args)
+        check_preprocess(given.get("preprocess_logits_for_metrics"), self.tasks, self._metrics)
         # An argument that was not given is not passed on, save those that are made here.
         replaced = {"train_dataset": train, "eval_dataset": evaluation, "compute_metrics": None}
         return {"args": args, "data_collator": collator, **{k: v for k, v in replaced.items() if k in given}}
+
+    def _check_overrides(self, args: MultiTaskTrainingArguments) -> None:
+        """Refuse methods of a subclass that would not be called, and losses that would not count.
+
+        Raises:
+            ValueError: One is defined where nothing calls it, or overrides `compute_loss` where the gradients of
+                tasks, or their losses, are looked at one by one.
+        """
+        classes = type(self).__mro__
+        behind = classes.index(MultiTaskTrainerMixin)
+        by_task = _task_by_task(args, self.tasks)
+        for place, one in enumerate(classes):
+            if one.__module__.startswith(("hf_multitask.", "transformers.")) or one is object:
+                continue
+            for name in vars(one):
+                if name in _NEVER_CALLED:
+                    raise ValueError(
+                        f"{one.__name__}.{name} is never called for a multi-task model: {_NEVER_CALLED[name]}"
+                    )
+                if place > behind and (name in _REPLACED or (name == "training_step" and by_task)):
+                    raise ValueError(
+                        f"{one.__name__}.{name} would not be called: for a multi-task model MultiTaskTrainerMixin "
+                        f"replaces it; override {name} in a class that comes before the mixin"
+                    )
+        if self._overrides_loss and by_task:
+            raise ValueError(
+                f"{type(self).__name__} overrides compute_loss, which makes one loss of all tasks, but {by_task} looks "
+                "at the tasks one by one and would not call it; leave out one of the two, or set weights and smoothing "
+                "per task: Task(weight=..., label_smoothing=...)"
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator; compiling is done here, for the backbone alone.
@@ -188,8 +252,17 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self.balancer.begin(self.state.max_steps)
         if self.tasks and self._compile_options is not None:
             self.accelerator.unwrap_model(self.model).compile_backbone(**self._compile_options)
+        self._has_own_rates = False
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.tasks:
+            rates = ("backbone_learning_rate", "head_learning_rate")
+            wanted = [name for name in rates if getattr(self.args, name) is not None]
+            if wanted and not self._has_own_rates:
+                raise ValueError(
+                    f"{wanted[0]} is not used: {type(self).__name__}.create_optimizer does not call "
+                    "super().create_optimizer(...); call it, or give the optimizer its groups yourself"
+                )
+            self._drawn_at = None
             parameters = self.accelerator.unwrap_model(self.model).parameters()
             self._prepared = [parameter for parameter in parameters if parameter.requires_grad]
         return prepared
@@ -272,10 +345,20 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if 0 < self.state.max_steps <= self.state.global_step:
             return [], Window({}, {})  # resumed from its last checkpoint, a run would be trained one step too far
+        self._check_trained()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         window = count_window(batches, self.progress.tasks, device, self.args.world_size)
         self.progress.add_window(window)
+        self._drawn_at = self.state.global_step if batches else None
         return batches, window
+
+    def _check_trained(self) -> None:
+        """Raise where the last window went past `training_step`: an override that does not call it."""
+        if self._drawn_at is not None and self.state.global_step > self._drawn_at:
+            raise RuntimeError(
+                f"{type(self).__name__}.training_step does not call super().training_step(...), which weights and "
+                "checks the losses of the tasks; call it, or override compute_loss for a loss of your own"
+            )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward; heads whose task the window lacks, or weighs 0, end up without a gradient."""
@@ -309,6 +392,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             loss = loss if penalty is None else loss + penalty
             self._leave_idle_alone(unwrapped, num_items_in_batch)
             problem = self._gradient_problem(unwrapped)
+        self._drawn_at = None
         self.guard.end_step(skipped=problem is not None)
         self.progress.end_window(trained=problem is None)
         if problem is not None:
@@ -352,6 +436,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
                 if parameters:
                     groups.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
         optimizer.param_groups[:] = groups
+        self._has_own_rates = True
         return optimizer
 
 

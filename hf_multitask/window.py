@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TaskProgress", "Window", "count_window"]
+__all__ = ["TaskProgress", "WatchedWindow", "Window", "count_window"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,20 @@ class Window:
             return {task: 1 / len(self.rows) for task in self.rows}
         total = sum(self.rows.values())
         return {task: rows / total for task, rows in self.rows.items()}
+
+
+class WatchedWindow(Window):
+    """A window that remembers whether somebody asked what it holds.
+
+    A loss that was made without looking is a mean of its micro-batch, not a part of the window's.
+    """
+
+    was_read = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("rows", "items", "tokens", "shares"):
+            object.__setattr__(self, "was_read", True)
+        return super().__getattribute__(name)
 
 
 def count_window(
@@ -135,11 +149,14 @@ class TaskProgress:
         With several processes this is a collective call.
         """
         zero = torch.zeros((), device=device)
-        sums = torch.stack([self._losses.get(task, zero).float() for task in self.tasks])
+        # A loss that the user computes has no parts by task: whether any was added is the last number.
+        added = torch.full_like(zero, len(self._losses))
+        sums = torch.stack([*(self._losses.get(task, zero).float() for task in self.tasks), added])
         if num_processes > 1:
             torch.distributed.all_reduce(sums)
         total = sum(self._rows.values())
-        values = zip(self.tasks, sums.tolist(), strict=True)
+        *of_tasks, number = sums.tolist()
+        values = zip(self.tasks, of_tasks, strict=True) if number else ()
         logs = {f"loss/{task}": loss / self._windows[task] for task, loss in values if task in self._windows}
         logs |= {f"share/{task}": self._rows.get(task, 0) / total for task in self.tasks} if total else {}
         self._losses, self._windows, self._rows = {}, {}, {}
