@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from ..models.task import Task
-from .weighting_base import MaskedAdam, Observation, StatefulWeighting, check_number, masked_mean, masked_softmax
+from .weighting_base import (
+    FirstWindows,
+    MaskedAdam,
+    Observation,
+    StatefulWeighting,
+    check_number,
+    masked_mean,
+    masked_softmax,
+)
 
 __all__ = ["DualBalancing", "GradNorm"]
 
@@ -23,7 +31,8 @@ class GradNorm(StatefulWeighting):
     """GradNorm (Chen et al. 2018): weighted gradient norms follow the tasks' training rates.
 
     With n_t the norm of task t's unweighted gradient, G_t = w_t · n_t, r_t = (L_t / L_t(0)) divided by its mean over
-    tasks (large for a task that learns slowly), and Ḡ the mean of G_t, the weights are learned to minimise
+    tasks (large for a task that learns slowly), L_t(0) its mean loss in its first 10 windows, and Ḡ the mean of G_t,
+    the weights are learned to minimise
 
         Σ_t | G_t - Ḡ · r_t^α / mean(r^α) |      with the target held fixed.
 
@@ -32,8 +41,10 @@ class GradNorm(StatefulWeighting):
     Differences from the paper: (1) w = T' · softmax(u), and u is what is learned, by an Adam of its own, so that no
     weight turns negative and weights can be as far apart as the units of the losses; steps leave the mean of u as it
     is. (2) r_t^α is divided by its mean. Without that, the targets add up to more than the norms can, no weights
-    reach them, and where learning stops is left to chance. (3) u starts at -log n_t of the task's first window, where
-    all G_t are equal, instead of at equal weights.
+    reach them, and where learning stops is left to chance. (3) u starts at -log n_t, where all G_t are equal, instead
+    of at equal weights; n_t is the mean of the task's first 10 windows, during which its u follows that mean. (4)
+    L_t(0) is a mean as well, where the paper takes the first loss. Both means leave out the largest value (see
+    [`FirstWindows`]): by one lucky loss near 0, r_t would be huge for good.
 
     Args:
         tasks: The model's tasks.
@@ -61,20 +72,23 @@ class GradNorm(StatefulWeighting):
         self.alpha = alpha
         self.start_balanced = start_balanced
         self._logits = self.vector("logits")
-        self._first_loss = self.vector("first_loss")
+        self._first_losses = FirstWindows(self, "first_losses")
+        self._first_norms = FirstWindows(self, "first_norms")
         self._adam = MaskedAdam(self, learning_rate)
 
     def weigh(self, observation: Observation) -> Tensor:
         """Return the weights, then take one step on u."""
         here, losses, norms = observation.present, observation.losses, _norms(observation)
-        new = here & (self._first_loss == 0)
+        moving = here
+        self._first_losses.add(losses, here)
+        starting = self._first_norms.add(norms, here)
         if self.start_balanced:
-            self._logits[new] = -norms[new].log()
-        self._first_loss[new] = losses[new]
+            self._logits[starting] = -self._first_norms.mean().log()[starting]
+            moving = here & ~starting
 
         weights = here.sum() * masked_softmax(self._logits, here)
         weighted = weights * norms
-        rates = torch.where(here, losses / self._first_loss, 1.0)
+        rates = torch.where(here, losses / self._first_losses.mean(), 1.0)
         wanted = (rates / masked_mean(rates, here)) ** self.alpha
         mean = masked_mean(weighted, here)
         excess = weighted - mean * wanted / masked_mean(wanted, here)
@@ -82,8 +96,9 @@ class GradNorm(StatefulWeighting):
         side = torch.where(excess.abs() > 1e-9 * mean, excess.sign(), 0.0)
         # ∂G_t/∂u_t = G_t; over the mean norm, so that Adam sees the same numbers whatever the unit of the gradients.
         before = self._logits.clone()
-        self._adam.step(self._logits, side * weighted / mean, here)
-        self._logits[here] -= masked_mean(self._logits - before, here)
+        self._adam.step(self._logits, side * weighted / mean, moving)
+        if moving.any():
+            self._logits[moving] -= masked_mean(self._logits - before, moving)
         return weights
 
 

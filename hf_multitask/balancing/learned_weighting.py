@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.task import Task
-from .weighting_base import MaskedAdam, Observation, StatefulWeighting, check_number, masked_softmax
+from .weighting_base import FirstWindows, MaskedAdam, Observation, StatefulWeighting, check_number, masked_softmax
 
 __all__ = ["Famo", "ImpartialLoss", "Uncertainty"]
 
@@ -20,6 +21,10 @@ _WIDEST_LOG = 50.0
 
 class _LearnedScale(StatefulWeighting):
     """One parameter s_t per task, moved by Adam so that the weighted loss w(s_t) · L_t comes to a fixed value.
+
+    Without a given start, s_t is for the task's first 10 windows what is stationary at their mean loss (see
+    [`FirstWindows`]), and the weight at most that of s_t = 0: one lucky batch with a loss near 0 would otherwise give a
+    weight of many thousands, for hundreds of steps. Adam takes over afterwards.
 
     Gradients are clipped to [-1, 1]: they grow with the loss without bound on one side, and one outlier in Adam's
     second moment would halt the parameter for thousands of steps.
@@ -34,7 +39,7 @@ class _LearnedScale(StatefulWeighting):
             check_number(start_name, start, -_WIDEST_LOG, _WIDEST_LOG)
         self._start = start
         self._parameter = self.vector(name, start or 0.0)
-        self._seen = self.vector("seen")
+        self._first = FirstWindows(self, "first_losses")
         self._adam = MaskedAdam(self, rate)
 
     @abstractmethod
@@ -42,8 +47,8 @@ class _LearnedScale(StatefulWeighting):
         """Return the parameters `[T]` at which the gradient of the objective is 0."""
 
     @abstractmethod
-    def factors(self) -> Tensor:
-        """Return the weights `[T]` that the parameters stand for."""
+    def factors(self, parameters: Tensor) -> Tensor:
+        """Return the weights `[T]` that parameters `[T]` stand for."""
 
     @abstractmethod
     def gradient(self, weighted: Tensor) -> Tensor:
@@ -51,13 +56,14 @@ class _LearnedScale(StatefulWeighting):
 
     def weigh(self, observation: Observation) -> Tensor:
         """Return the weights, then take one step on the parameters."""
-        here, losses = observation.present, observation.losses
+        moving, losses, highest = observation.present, observation.losses, torch.full_like(observation.losses, math.inf)
         if self._start is None:
-            new = here & (self._seen == 0)
-            self._parameter[new] = self.stationary(losses)[new]
-        self._seen[here] = 1.0
-        weights = self.factors()
-        self._adam.step(self._parameter, self.gradient(weights * losses).clamp(-1, 1), here)
+            starting = self._first.add(losses, observation.present)
+            self._parameter[starting] = self.stationary(self._first.mean())[starting]
+            highest[starting] = self.factors(torch.zeros_like(losses))[starting]
+            moving = moving & ~starting
+        weights = self.factors(self._parameter).minimum(highest)
+        self._adam.step(self._parameter, self.gradient(weights * losses).clamp(-1, 1), moving)
         self._parameter.clamp_(-_WIDEST_LOG, _WIDEST_LOG)
         return weights
 
@@ -76,15 +82,16 @@ class Uncertainty(_LearnedScale):
     for regression and 2 · L_t for classification, so w_t · L_t = 1/2 for both.
 
     Differences from the paper: s_t has an Adam of its own with its gradient in closed form, clipped to [-1, 1], and it
-    starts at that minimum for the task's first loss. From s_t = 0, a loss in the thousands takes s_t about
-    7 / learning_rate windows to get there, and rules the shared parameters until then. Shares and `Task.weight` do
-    not enter the objective of s_t, otherwise s_t would undo them.
+    starts at that minimum for the mean loss of the task's first 10 windows, in which no weight is larger than with the
+    paper's start, s_t = 0 (and one lucky window does not count much). From s_t = 0, a loss in the thousands takes s_t
+    about 7 / learning_rate windows to get there, and rules the shared parameters until then. Shares and `Task.weight`
+    do not enter the objective of s_t, otherwise s_t would undo them.
 
     Args:
         tasks: The model's tasks.
         learning_rate: Adam's step size, about the largest change of log w_t per window. The default of 0.01 follows a
             loss that falls by a factor of e per 100 windows.
-        initial_log_variance: s_t at the start for all tasks, from -50 to 50; None for the minimum at the first loss.
+        initial_log_variance: s_t at the start for all tasks, from -50 to 50; None for the minimum at the first losses.
     """
 
     def __init__(
@@ -98,9 +105,9 @@ class Uncertainty(_LearnedScale):
         """Return log L_t for regression, log(2 · L_t) for classification."""
         return (2 * self._factor * losses).log()
 
-    def factors(self) -> Tensor:
+    def factors(self, parameters: Tensor) -> Tensor:
         """Return exp(-s_t), halved for regression."""
-        return self._factor * (-self._parameter).exp()
+        return self._factor * (-parameters).exp()
 
     def gradient(self, weighted: Tensor) -> Tensor:
         """Return 1/2 - w_t · L_t."""
@@ -114,13 +121,14 @@ class ImpartialLoss(_LearnedScale):
     `uncertainty` with the sign of s_t turned, twice the weight, and no difference between types of tasks.
 
     Differences from the paper: s_t has an Adam of its own with its gradient in closed form, clipped to [-1, 1], and it
-    starts at -log(first loss) instead of 0. Shares and `Task.weight` do not enter the objective of s_t.
+    starts at -log of the mean loss of the task's first 10 windows, in which no weight is larger than 1, instead of 0
+    (as for [`Uncertainty`]). Shares and `Task.weight` do not enter the objective of s_t.
 
     Args:
         tasks: The model's tasks.
         learning_rate: As for [`Uncertainty`].
         initial_log_scale: s_t at the start for all tasks, from -50 to 50 (0 in the paper); None for the minimum at the
-            first loss. With a number, the unit of a loss matters until s_t has settled.
+            first losses. With a number, the unit of a loss matters until s_t has settled.
     """
 
     def __init__(
@@ -132,9 +140,9 @@ class ImpartialLoss(_LearnedScale):
         """Return -log L_t."""
         return -losses.log()
 
-    def factors(self) -> Tensor:
+    def factors(self, parameters: Tensor) -> Tensor:
         """Return exp(s_t)."""
-        return self._parameter.exp()
+        return parameters.exp()
 
     def gradient(self, weighted: Tensor) -> Tensor:
         """Return w_t · L_t - 1."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.task import Task, closest
-from .weighting_base import Observation, StatefulWeighting, check_number, masked_mean, masked_softmax
+from .weighting_base import START_WINDOWS, Observation, StatefulWeighting, check_number, masked_mean, masked_softmax
 
 __all__ = [
     "DynamicWeightAverage",
@@ -37,9 +37,10 @@ class NormalizedLoss(StatefulWeighting):
     """Each loss over its own running scale: w_t = 1 / m_t.
 
     m_t is the exponential moving average of L_t over the windows that held the task, the current one included, with
-    Adam's correction for its start, so that the first weight is exactly 1 / L_t. Weighted losses are thus near 1
-    whatever their unit. Weights are not brought to a common mean: that would tie the size of the step to the unit of
-    the smallest loss. Since the average forgets, in the long run a task is trained on log L_t.
+    Adam's correction for its start. In the task's first 10 windows w_t is at most 1, so that one lucky loss near 0 does
+    not give a huge step. Weighted losses are thus near 1 whatever their unit. Weights are not brought to a common mean:
+    that would tie the size of the step to the unit of the smallest loss. Since the average forgets, in the long run a
+    task is trained on log L_t.
 
     Args:
         tasks: The model's tasks.
@@ -62,7 +63,8 @@ class NormalizedLoss(StatefulWeighting):
         average = self.decay * self._average + (1 - self.decay) * observation.losses
         self._average[here] = average[here]
         self._count += here
-        return (1 - self.decay**self._count) / torch.where(here, self._average, 1.0)
+        weights = (1 - self.decay**self._count) / torch.where(here, self._average, 1.0)
+        return torch.where(self._count <= START_WINDOWS, weights.clamp(max=1.0), weights)
 
 
 class DynamicWeightAverage(StatefulWeighting):

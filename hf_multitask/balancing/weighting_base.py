@@ -15,6 +15,8 @@ from ..models.task import Task
 
 __all__ = [
     "SMALLEST",
+    "START_WINDOWS",
+    "FirstWindows",
     "LossWeighting",
     "MaskedAdam",
     "Observation",
@@ -26,6 +28,9 @@ __all__ = [
 
 SMALLEST = 1e-8
 """Losses and norms below this count as this, wherever a method divides by them or takes their logarithm."""
+
+START_WINDOWS = 10
+"""Windows of a task that a starting value is made of; until then no weight is larger than plain summation's."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,39 @@ class StatefulWeighting(LossWeighting):
                 raise ValueError(f"{where}: {name} must be {len(own)} finite numbers, one per task, got {values!r}")
         for name, own in self._state.items():
             own.copy_(torch.tensor(state[name], dtype=torch.float64))
+
+
+class FirstWindows:
+    """The size of a quantity at the start of training, by task, that no single window decides.
+
+    The mean over the task's first [`START_WINDOWS`] windows so far, from the third one on without the largest value.
+    One lucky batch (a loss near 0) then moves it by a tenth, and one outlier not at all; the mean of all others is
+    kept, since losses of small windows may be near 0 in many of them.
+
+    Args:
+        owner: The weighting whose state holds the sums.
+        name: Prefix of their names there.
+    """
+
+    def __init__(self, owner: StatefulWeighting, name: str) -> None:
+        self._sum = owner.vector(f"{name}_sum")
+        self._largest = owner.vector(f"{name}_largest")
+        self._count = owner.vector(f"{name}_count")
+
+    def add(self, values: Tensor, here: Tensor) -> Tensor:
+        """Take in the values `[T]` of a window, and return for which tasks `[T]` they were still of the first."""
+        starting = here & (self._count < START_WINDOWS)
+        self._sum[starting] += values[starting]
+        self._largest[starting] = torch.maximum(self._largest, values)[starting]
+        self._count[starting] += 1
+        return starting
+
+    def mean(self) -> Tensor:
+        """Return the mean `[T]`, 1 for a task that has not been seen."""
+        many = self._count > 2
+        total = torch.where(many, self._sum - self._largest, self._sum)
+        mean = total / (self._count - many.double()).clamp(min=1)
+        return torch.where(self._count > 0, mean, 1.0).clamp(min=SMALLEST)
 
 
 class MaskedAdam:
