@@ -93,6 +93,10 @@ class SourceMetrics:
         metrics: dict[str, float] = {}
         for task, labels in prediction.label_ids.items():
             *logits, losses, items = prediction.predictions[task]
+            if not np.any(items):
+                raise ValueError(
+                    f"task {task!r}: no row that was evaluated has a label: all of them are {IGNORE_INDEX}"
+                )
             values = {}
             if logits and task in self._spans:
                 logits[0], labels = predict_answers(self._spans[task], self._rows, logits[0])
@@ -100,7 +104,7 @@ class SourceMetrics:
                 values = self._compute[task](
                     EvalPrediction(predictions=logits[0], label_ids=labels, losses=losses, inputs=prediction.inputs)
                 )
-            loss = float(np.sum(losses, dtype=np.float64) / max(np.sum(items), 1))
+            loss = float(np.sum(losses, dtype=np.float64) / np.sum(items))
             if logits and task in self._language:
                 values["perplexity"] = float(np.exp(min(loss, 700.0)))
             self.results[task] = {**values, "loss": loss}

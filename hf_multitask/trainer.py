@@ -24,9 +24,9 @@ from transformers.utils import logging
 from .balancing.scaled_passes import undo_scales
 from .best_metric import set_best_metric
 from .checkpointing import MultiTaskCheckpoints
-from .data.collator import DataCollatorForMultiTask
+from .data.collator import DataCollatorForMultiTask, check_collator
 from .data.dataset import MultiTaskDataset, as_mapping, first_rows, prepare_sources
-from .data.preprocessing import check_held_out, check_packing, check_tokenizer, longest_input
+from .data.preprocessing import check_added_tokens, check_held_out, check_packing, check_tokenizer, longest_input
 from .data.sampling import mixing_probabilities
 from .data.schedule import ShareChanges
 from .data.sources import make_sources, trained_sources, without_held_out
@@ -162,6 +162,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             args.ddp_find_unused_parameters = True  # the user's loss need not depend on every head
         args = settle_args(args, given.get("compute_loss_func"), (given.get("optimizers") or (None, None))[0])
         check_tokenizer(tokenizer, model)
+        check_added_tokens(tokenizer, model)
         self._sources = make_sources(self.tasks, model.shares_rows)
         self._preparing = {
             "tokenizer": tokenizer,
@@ -183,6 +184,11 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
                 self._check_sampling(train, args)
             if evaluation is not None:
                 evaluation = self.prepare_datasets(evaluation, "eval_dataset", "eval", complete=False)
+        if given.get("data_collator") is not None:
+            some = train if train is not None else evaluation
+            rows = [] if some is None else some.one_of_each()
+            for batch in [rows] if args.batch_composition == "mixed" else [[row] for row in rows]:
+                check_collator(given["data_collator"], batch)
         collator = given.get("data_collator") or DataCollatorForMultiTask(
             tokenizer,
             self.tasks,

@@ -298,6 +298,11 @@ def settle_args(args: Any, compute_loss_func: Any, optimizer: Any) -> MultiTaskT
         ),
         "n_gpu > 1": (args.n_gpu > 1, "use one process per device: accelerate launch, or CUDA_VISIBLE_DEVICES=0"),
     }
+    for name, mend in (
+        ("split_batches", "per_device_train_batch_size is the batch of one process"),
+        ("dispatch_batches", "every process draws rows of its own, which would have to be of one shape"),
+    ):
+        refused[f"accelerator_config={{'{name}': True}}"] = getattr(args.accelerator_config, name, False), mend
     for name, (value, mend) in refused.items():
         if value:
             raise ValueError(f"{name} does not go with a multi-task model: {mend}")

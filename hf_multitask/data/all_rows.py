@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models.task import TaskType
 from .choice_rows import ChoiceRows
 from .prompt_rows import PromptRows
-from .row_encoding import RowEncoder, TextRows, TokenizedRows
+from .row_encoding import Labels, RowEncoder, TextRows, TokenizedRows
 from .seq2seq_rows import Seq2SeqRows
 from .sources import Source
 from .span_rows import SpanRows
@@ -21,19 +21,21 @@ def make_row_encoder(
     source: Source,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
-    labels: bool | None,
+    labels: Labels,
     seed: int = 0,
 ) -> RowEncoder:
     """Return what prepares rows of these `features`; the other arguments and errors are those of `prepare`."""
     max_length = source.tasks[0].max_length or max_length
+    # A task with rows of its own has them to itself: all labels or none.
+    own = (None if source.tasks[0].name in labels else False) if isinstance(labels, frozenset) else labels
     if source.tasks[0].type is TaskType.CAUSAL_LM:
-        return PromptRows(features, source, labels, max_length, tokenizer, seed)
+        return PromptRows(features, source, own, max_length, tokenizer, seed)
     if source.tasks[0].type is TaskType.SEQ2SEQ_LM:
-        return Seq2SeqRows(features, source, labels, max_length, tokenizer, seed)
+        return Seq2SeqRows(features, source, own, max_length, tokenizer, seed)
     if source.tasks[0].type is TaskType.QUESTION_ANSWERING:
-        return SpanRows(features, source, labels, max_length, tokenizer)
+        return SpanRows(features, source, own, max_length, tokenizer)
     if source.tasks[0].type is TaskType.MULTIPLE_CHOICE:
-        return ChoiceRows(features, source, labels, max_length, tokenizer)
+        return ChoiceRows(features, source, own, max_length, tokenizer)
     if "input_ids" in features:
         return TokenizedRows(features, source, labels, max_length, tokenizer)
     return TextRows(features, source, labels, max_length, tokenizer)

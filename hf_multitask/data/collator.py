@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,15 @@ from .choice_batch import ChoiceBatch, ChoiceTask
 from .language_batch import LanguageRows, LanguageTask
 from .sources import Source, label_key
 
-__all__ = ["DataCollatorForMultiTask"]
+__all__ = ["DataCollatorForMultiTask", "check_collator"]
+
+# What gives the effect of a collator of Transformers here.
+_IN_PLACE_OF = {
+    "DataCollatorForLanguageModeling": "give a masked_lm task, Task(mlm_probability=...)",
+    "DataCollatorForWholeWordMask": "give a masked_lm task, Task(whole_words=True)",
+    "DataCollatorForSeq2Seq": "give a seq2seq_lm task",
+    "DataCollatorWithFlattening": "set packing=True",
+}
 
 
 class _Plan(NamedTuple):
@@ -144,6 +153,64 @@ class DataCollatorForMultiTask:
         for i, row in enumerate(rows):
             array[i, : len(row["input_ids"])] = row.get(key, 0)
         return torch.from_numpy(array)
+
+
+def check_collator(collator: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Check that a collator makes batches of several tasks, by trying it on some rows; no random state is changed.
+
+    Args:
+        collator: One that the user gave; any callable. A [`DataCollatorForMultiTask`] is not tried.
+        rows: Some rows of a [`MultiTaskDataset`].
+
+    Raises:
+        ValueError: It is one of Transformers' own, which know one task only; it fails; or its batches lack what
+            training needs.
+    """
+    if isinstance(collator, DataCollatorForMultiTask):
+        return
+    name = getattr(collator, "__name__", type(collator).__name__)
+    module = str(getattr(collator, "__module__", ""))
+    advice = "leave data_collator out, or derive yours from DataCollatorForMultiTask(tokenizer, model.tasks)"
+    if module.partition(".")[0] == "transformers":
+        instead = _IN_PLACE_OF.get(name)
+        raise ValueError(
+            f"data_collator {name} makes batches of one task, not of several: leave it out"
+            + (f", and {instead}" if instead else "; DataCollatorForMultiTask pads, with pad_to_multiple_of if wanted")
+        )
+    if not rows:
+        return
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            batch = collator([dict(row) for row in rows])
+    except Exception as error:
+        raise ValueError(
+            f"data_collator {name} fails on rows of these tasks, {type(error).__name__}: {error}; {advice}"
+        ) from error
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+    wrong = _wrong_batch(batch)
+    if wrong:
+        raise ValueError(f"data_collator {name} returns {wrong}; {advice}")
+
+
+def _wrong_batch(batch: Any) -> str:
+    """Return what a batch lacks for a training step; an empty text for a good one."""
+    if not isinstance(batch, Mapping):
+        return f"a {type(batch).__name__}, not a dictionary"
+    if "input_ids" not in batch and "inputs_embeds" not in batch:
+        return f"a batch without input_ids; its keys are {', '.join(map(str, batch))}"
+    for key in ("segments", "labels", "num_items"):
+        if not isinstance(batch.get(key), Mapping):
+            return f"a batch whose {key!r} is not a dictionary by task, as in DataCollatorForMultiTask's"
+    counted, labels, segments = (set(batch[key]) for key in ("num_items", "labels", "segments"))
+    if counted != labels or not labels <= segments:
+        return (
+            f"a batch with labels of {sorted(labels)}, num_items of {sorted(counted)} and segments of "
+            f"{sorted(segments)}; every task with labels needs all three"
+        )
+    return ""
 
 
 def _positions(sequences: Sequence[dict[str, Any]], length: int) -> Tensor:

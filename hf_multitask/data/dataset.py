@@ -116,6 +116,10 @@ class MultiTaskDataset(torch.utils.data.Dataset):
         number, row = self._place(index)
         return self.sources[number].name, row
 
+    def one_of_each(self) -> list[dict[str, Any]]:
+        """Return the first row of each source."""
+        return [self[end - len(part)] for end, part in zip(self._ends, self.rows, strict=True)]
+
     def split(self) -> list[MultiTaskDataset]:
         """Return one dataset per source."""
         return [

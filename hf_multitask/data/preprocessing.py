@@ -11,20 +11,33 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..models.backbone import usable_positions
 from ..models.heads import IGNORE_INDEX
 from ..models.scheme import SharingScheme
 from ..models.task import TaskType
 from .all_rows import make_row_encoder
+from .labels import LabelError
 from .packing import keeps_rows_apart
-from .row_encoding import RowEncoder
+from .row_encoding import Labels, RowEncoder
 from .sources import Source, label_key
 
-__all__ = ["check_held_out", "check_packing", "check_something_left", "check_tokenizer", "longest_input", "prepare"]
+__all__ = [
+    "check_added_tokens",
+    "check_held_out",
+    "check_packing",
+    "check_something_left",
+    "check_tokenizer",
+    "longest_input",
+    "prepare",
+]
+
+logger = logging.get_logger(__name__)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> None:
@@ -46,6 +59,44 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrained
             f"the tokenizer has {len(tokenizer)} tokens, the backbone embeddings for {embeddings}: they do not belong "
             "together, or tokens were added; then call model.resize_token_embeddings(len(tokenizer))"
         )
+
+
+def check_added_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Check that tokens which were added to a tokenizer are trained, unless the backbone knows them.
+
+    `resize_token_embeddings` gives a new token the mean of all rows, save a trifle; a row that is still there has never
+    been trained, and under frozen embeddings it never will be.
+
+    Raises:
+        ValueError: The sharing scheme freezes the embeddings of such tokens. Where the user froze them, it is a warning
+            in the log: they may come loose later.
+    """
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    added = {i: token for token, i in tokenizer.get_added_vocab().items() if tokenizer.vocab_size <= i < len(table)}
+    if not added or table.requires_grad:
+        return
+    new: list[str] = []
+    with torch.no_grad():
+        first = min(added)
+        known = table[:first].float()
+        total, count = known.sum(0), first
+        typical = (known[:: max(first // 1000, 1)] - known.mean(0)).norm(dim=-1).median()
+        for number in range(first, max(added) + 1):  # the first ones may be rows that the backbone had to spare
+            row = table[number].float()
+            if number in added and (row - total / count).norm() < 1e-3 * typical:
+                new.append(added[number])
+            else:
+                total, count = total + row, count + 1
+    if not new:
+        return
+    what = (
+        f"the tokenizer has {len(new)} added token(s) that the backbone never saw, such as {new[0]!r}, and the "
+        "embeddings are frozen: these would stay untrained; train the embeddings too, "
+        "model.get_input_embeddings().weight.requires_grad_(True), or take a sharing scheme that trains the backbone"
+    )
+    if getattr(model, "freezes_backbone", False):
+        raise ValueError(what)
+    logger.warning(what)
 
 
 def check_packing(model: Any, packing: bool) -> None:
@@ -130,7 +181,8 @@ def prepare(
         max_length: Longest input in tokens, where the tasks set none; longer ones are truncated.
         split: Name of the split, for messages.
         num_proc: Number of processes.
-        labels: Whether the label columns must be there; None takes those that are.
+        labels: Whether the label columns must be there; None takes those that are, and leaves out, with a message in
+            the log, those of tasks whose labels cannot be used (-1, None or NaN in a split to be predicted).
         seed: Seed of which of several prompts a row gets.
 
     Raises:
@@ -148,6 +200,30 @@ def prepare(
     if dataset.format["type"] == "custom":
         raise ValueError(f"{where} has a transform, which would be passed over; apply it with .map(...)")
     dataset = dataset.with_format(None)
+    if labels is not None:
+        return _prepare(dataset, source, tokenizer, max_length, split, num_proc, labels, seed)
+    wanted = frozenset(task.name for task in source.tasks)
+    while True:
+        try:
+            return _prepare(dataset, source, tokenizer, max_length, split, num_proc, wanted, seed)
+        except LabelError as error:
+            if error.task not in wanted:
+                raise
+            wanted -= {error.task}
+            logger.warning(f"{error}; {error.task!r} is predicted without labels, and so without metrics")
+
+
+def _prepare(
+    dataset: Dataset,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    split: str,
+    num_proc: int | None,
+    labels: Labels,
+    seed: int,
+) -> Dataset:
+    where = f"dataset {source.dataset!r} ({split})"
     try:
         encoder = make_row_encoder(dataset.features, source, tokenizer, max_length, labels, seed)
         prepared = dataset.map(
@@ -160,11 +236,10 @@ def prepare(
             new_fingerprint=encoder.fingerprint(dataset),
             desc=f"Preparing {source.name} ({split})",
         )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    check_something_left(prepared.data, encoder, where)
-    try:
+        check_something_left(prepared.data, encoder)
         encoder.check(prepared.data)
+    except LabelError as error:
+        raise LabelError(f"{where}: {error}", error.task) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return prepared
@@ -180,14 +255,18 @@ def read_stream(dataset: IterableDataset) -> Dataset:
     return concatenate_datasets(parts) if parts else Dataset.from_dict({})
 
 
-def check_something_left(rows: Any, encoder: RowEncoder, where: str) -> None:
+def check_something_left(rows: Any, encoder: RowEncoder) -> None:
     """Raise a `ValueError` unless a row of a prepared table has a token, and, for tasks that label words, a label."""
     length = encoder.max_length
     lengths = pc.list_value_length(rows.column("input_ids"))
     if pc.max(lengths).as_py() <= encoder.special_tokens:
-        raise ValueError(f"{where}: no row has a token left at max_length={length} (or all texts are empty)")
+        raise ValueError(f"no row has a token left at max_length={length} (or all texts are empty)")
     for task in encoder.labelled:
         if task.type is TaskType.TOKEN_CLASSIFICATION:
             labels = pc.list_flatten(rows.column(label_key(task.name)))
             if not pc.any(pc.not_equal(labels, IGNORE_INDEX)).as_py():
-                raise ValueError(f"{where}: task {task.name!r}: no row has a labelled word left at max_length={length}")
+                raise LabelError(
+                    f"task {task.name!r}: no row has a labelled word left at max_length={length} (or all labels are "
+                    f"{IGNORE_INDEX})",
+                    task.name,
+                )

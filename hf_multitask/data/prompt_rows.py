@@ -198,13 +198,13 @@ class PromptRows(RowEncoder):
         last = messages[-1]
         if last["role"] != "assistant":
             if self.with_target:
-                raise ValueError(
+                raise self._label_error(
                     f"row {row} of column {column!r} ends with a message of {last['role']!r}; the last message is the "
                     "target, and must be the assistant's"
                 )
             return messages, None
         if self.with_target and not (last["content"] or "").strip():
-            raise ValueError(f"row {row} of column {column!r} has an empty target; filter it out")
+            raise self._label_error(f"row {row} of column {column!r} has an empty target; filter it out")
         return messages[:-1], last["content"] if self.with_target else None
 
     def _verbalize(self, value: Any, row: int) -> str:

@@ -12,14 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.heads import IGNORE_INDEX
 from ..models.task import Task, TaskType
-from .labels import LabelEncoder, label_feature
+from .labels import LabelEncoder, LabelError, label_feature
 from .shared_tokenizer import tokenize
 from .sources import Source, label_key
 from .words import first_tokens, space_ids, spaced, with_spaces
 
-__all__ = ["RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
+__all__ = ["Labels", "RowEncoder", "TextRows", "TokenizedRows", "tokenizer_key"]
 
 _VERSION = 6  # part of the cache key: raise it when the prepared form changes
+
+
+Labels = bool | None | frozenset[str]
+"""Whether label columns are read: all must be there (True), those that are there are (None), or those of some tasks."""
 
 
 class RowEncoder:
@@ -30,23 +34,24 @@ class RowEncoder:
     # Whether each row gives one prepared row, so that a stream can be prepared as it comes.
     keeps_rows = True
 
-    def __init__(self, columns: Features, source: Source, labels: bool | None, max_length: int) -> None:
+    def __init__(self, columns: Features, source: Source, labels: Labels, max_length: int) -> None:
         self.max_length = max_length
         self.labelled: list[Task] = []
         self.encoders: dict[str, LabelEncoder] = {}
         for task in source.tasks:
-            if task.type is TaskType.MASKED_LM and labels is not False:
+            wanted = task.name in labels if isinstance(labels, frozenset) else labels is not False
+            if task.type is TaskType.MASKED_LM and wanted:
                 self.labelled.append(task)  # the text itself is the label
             if task.label_column is None:
                 continue
             column = self._label_column(task, columns, source)
             if column not in columns:
-                if labels:
+                if labels is True:
                     raise ValueError(
                         f"task {task.name!r}: no column {column!r} for the labels; columns are {', '.join(columns)}"
                     )
                 continue
-            if labels is not False and not task.type.is_language:
+            if wanted and not task.type.is_language:
                 self.labelled.append(task)
                 self.encoders[task.name] = self._make_encoder(task, column, columns)
 
@@ -109,7 +114,7 @@ class TextRows(RowEncoder):
         self,
         columns: Features,
         source: Source,
-        labels: bool | None,
+        labels: Labels,
         max_length: int,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
@@ -196,9 +201,10 @@ class TextRows(RowEncoder):
             if task.type is TaskType.TOKEN_CLASSIFICATION:
                 for row, words, tags in zip(indices, texts[0], labels, strict=True):
                     if len(words) != len(tags):
-                        raise ValueError(
+                        raise LabelError(
                             f"task {task.name!r}: row {row} has {len(words)} words in column {self.columns[0]!r} and "
-                            f"{len(tags)} labels in column {encoder.column!r}"
+                            f"{len(tags)} labels in column {encoder.column!r}",
+                            task.name,
                         )
                 labels = [
                     first_subword_labels(encoded.word_ids(i), tags, [token in self.space_ids for token in ids])
@@ -220,7 +226,7 @@ class TokenizedRows(RowEncoder):
         self,
         columns: Features,
         source: Source,
-        labels: bool | None,
+        labels: Labels,
         max_length: int,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
@@ -268,9 +274,10 @@ class TokenizedRows(RowEncoder):
             if task.type is TaskType.TOKEN_CLASSIFICATION:
                 for row, ids, tags in zip(indices, batch["input_ids"], labels, strict=True):
                     if len(ids) != len(tags):
-                        raise ValueError(
+                        raise LabelError(
                             f"task {task.name!r}: row {row} has {len(ids)} input_ids and {len(tags)} labels in column "
-                            f"{encoder.column!r}"
+                            f"{encoder.column!r}",
+                            task.name,
                         )
                 labels = unpadded(labels)
             result[label_key(task.name)] = labels

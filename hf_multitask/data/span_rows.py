@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from .labels import LabelError
 from .row_encoding import RowEncoder, tokenizer_key
 from .shared_tokenizer import tokenize
 from .sources import Source, label_key
@@ -81,6 +83,18 @@ class SpanRows(RowEncoder):
     def _fail(self, what: str) -> ValueError:
         return ValueError(f"task {self.task.name!r}: {what}")
 
+    def _bad_label(self, what: str) -> LabelError:
+        return LabelError(f"task {self.task.name!r}: {what}", self.task.name)
+
+    def check(self, rows: Any) -> None:
+        """Raise LabelError where no question has an answer, although the task always gives one."""
+        if self.labelled and self.task.null_answers is False:
+            if not pc.any(pc.greater(pc.list_value_length(rows.column(REFERENCES)), 0)).as_py():
+                raise self._bad_label(
+                    f"no question has an answer in column {self.task.label_column!r}, but null_answers=False: there "
+                    "always is one"
+                )
+
     def _no_room(self, what: str) -> ValueError:
         return self._fail(
             f"{what} for the context, of which neighbouring windows share stride={self.task.stride}: give "
@@ -91,9 +105,9 @@ class SpanRows(RowEncoder):
         feature = columns[column]
         parts = ("text", "answer_start")
         if not isinstance(feature, dict) or not all(isinstance(feature.get(part), List) for part in parts):
-            raise ValueError(
-                f"task {task.name!r}: column {column!r} has the type {feature}; it must hold dictionaries with the "
-                "lists text and answer_start"
+            raise self._bad_label(
+                f"column {column!r} has the type {feature}; it must hold dictionaries with the lists text and "
+                "answer_start"
             )
 
     def __call__(self, batch: Mapping[str, list], indices: list[int]) -> dict[str, list]:
@@ -159,17 +173,21 @@ class SpanRows(RowEncoder):
         column = self.task.label_column
         where = f"row {row} of column {column!r}"
         if cell is None or cell["text"] is None or cell["answer_start"] is None:
-            raise self._fail(f"{where} holds {cell!r}; where the context has no answer, both lists must be empty")
+            raise self._bad_label(f"{where} holds {cell!r}; where the context has no answer, both lists must be empty")
         texts, starts = cell["text"], cell["answer_start"]
         if len(texts) != len(starts):
-            raise self._fail(f"{where} has {len(texts)} text and {len(starts)} answer_start; there must be as many")
+            raise self._bad_label(
+                f"{where} has {len(texts)} text and {len(starts)} answer_start; there must be as many"
+            )
         spans = []
         for text, start in zip(texts, starts, strict=True):
             if not isinstance(text, str) or not text.strip():
-                raise self._fail(f"answer {text!r} in {where} is empty; where there is none, both lists must be empty")
+                raise self._bad_label(
+                    f"answer {text!r} in {where} is empty; where there is none, both lists must be empty"
+                )
             found = context[start : start + len(text)] if isinstance(start, int) and start >= 0 else ""
             if found != text:
-                raise self._fail(
+                raise self._bad_label(
                     f"answer {text!r} in {where} is not at answer_start={start!r} of column "
                     f"{self.task.text_columns[1]!r}, where {found!r} stands; it counts characters from 0"
                 )
@@ -195,7 +213,7 @@ class SpanRows(RowEncoder):
                 continue
             tokens = [place for place, (left, right) in enumerate(part) if left < end and right > start]
             if not tokens:
-                raise self._fail(
+                raise self._bad_label(
                     f"answer {context[start:end]!r} in row {row} of column {self.task.label_column!r} has no token; "
                     "filter such rows out"
                 )

@@ -246,6 +246,12 @@ class StreamingMixture(torch.utils.data.Dataset):
         self._history: deque[tuple[int, dict[str, Any], list[Any]]] = deque(maxlen=self._remembered)
         self._history.append((self._batches, dict(self._states), []))
 
+    def one_of_each(self) -> list[dict[str, Any]]:
+        """Return the first row of each source, and go to the beginning again."""
+        rows = [stream.take(1)[0] for stream in self.streams]
+        self.restart()
+        return rows
+
     def remember(self, batches: int) -> None:
         """Keep the states of this many batches from now on, if it is more than so far."""
         self._remembered = max(batches, self._remembered)

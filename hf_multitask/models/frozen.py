@@ -159,7 +159,10 @@ class FrozenBackboneModel(MultiTaskModel):
         return known
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resize the embeddings as `PreTrainedModel` does; the backbone then is another, and saved with the model."""
+        """Resize the embeddings as `PreTrainedModel` does; the backbone then is another, and saved with the model.
+
+        New rows are frozen, like the others; the trainer refuses tokens that would stay untrained.
+        """
         resized = super().resize_token_embeddings(*args, **kwargs)
         self.config.backbone_name = None
         return resized

@@ -123,8 +123,13 @@ def test_training_data_decide_whether_there_may_be_no_answer(rows, own):
     task, other = replace(TASK, null_answers=own), Task("tone", "single_label_classification", labels=("a", "b"))
     raw = Dataset.from_list(rows)
     (source,) = make_sources([task])
-    together = MultiTaskDataset([source], {"who": prepare(raw, source, make_tokenizer(), max_length=20)})
-    for data in (raw, {"who": raw, "tone": raw}, together):
+    every = [raw, {"who": raw, "tone": raw}]
+    if own is False and ANSWERED not in rows:
+        with pytest.raises(ValueError, match="no question has an answer in column 'answers', but null_answers=False"):
+            prepare(raw, source, make_tokenizer(), max_length=20)
+    else:
+        every.append(MultiTaskDataset([source], {"who": prepare(raw, source, make_tokenizer(), max_length=20)}))
+    for data in every:
         assert decide_null_answers([other, task], data) == [other, replace(task, null_answers=decided)]
     for nothing in (None, {}, {"who": raw.remove_columns("answers")}, {"who": raw.select([])}):
         assert decide_null_answers([task], nothing) == [task]
