@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from .balanced_step import MultiTaskBalancing
 from .checkpoint_state import STATE_NAME, check_balancing, read_state
+from .data.sampling import follows_progress
 from .data.streaming import StreamingMixture
 from .gap_sampling import MultiTaskGapSampling
 from .guard import LossGuard, nonfinite_saved_weights
@@ -112,6 +113,8 @@ def describe_run(
     }
     if args.auxiliary_gating is not None:
         run["primary_task"] = args.primary_task
+    if follows_progress(args.task_sampling):
+        run["shares"] = "change with each step"  # in version 0.1.0 they changed with each epoch
     if args.task_sampling in _NEED_LENGTH or any(depends_on_length(task.weight_schedule) for task in tasks):
         run["steps of the whole training"] = steps
     return json.loads(json.dumps(run))

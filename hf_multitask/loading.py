@@ -12,13 +12,13 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from .data.dataset import MultiTaskDataset
-from .data.sampling import SIZELESS, mixing_probabilities
-from .data.schedule import MultiTaskBatchSampler, ShareChanges, windows_per_epoch
+from .data.sampling import SIZELESS, follows_progress, mixing_probabilities
+from .data.schedule import MOST_PERIODS, MultiTaskBatchSampler, ShareChanges, windows_per_epoch
 from .data.sources import Source
 from .data.streaming import StreamingMixture, StreamSampler, prepare_streams, stream_sizes
 from .training_args import MultiTaskTrainingArguments
 
-__all__ = ["make_loader", "make_sampler", "make_streams", "total_steps"]
+__all__ = ["make_loader", "make_sampler", "make_streams", "shares_over_training", "total_steps"]
 
 
 def make_sampler(
@@ -43,16 +43,9 @@ def make_sampler(
     if args.train_sampling_strategy == "group_by_length" and isinstance(dataset, MultiTaskDataset):
         lengths = dataset.lengths
 
-    def probabilities(epoch: int) -> list[float]:
-        return mixing_probabilities(
-            args.task_sampling,
-            sizes,
-            args.mixing_kwargs,
-            epoch=epoch,
-            num_epochs=math.ceil(steps / windows),
-            total_rows=steps * window,
-        )
-
+    probabilities, windows_per_period = shares_over_training(
+        args.task_sampling, sizes, args.mixing_kwargs, steps, window
+    )
     return (StreamSampler if isinstance(dataset, StreamingMixture) else MultiTaskBatchSampler)(
         sizes,
         probabilities,
@@ -65,7 +58,34 @@ def make_sampler(
         drop_last=args.dataloader_drop_last,
         lengths=lengths,
         changes=changes,
+        windows_per_period=windows_per_period,
     )
+
+
+def shares_over_training(
+    strategy: str, sizes: Mapping[str, int], kwargs: Mapping[str, Any], steps: int, window: int
+) -> tuple[Callable[[int], list[float]], int | None]:
+    """Return the shares of a training by period, and the optimizer steps of a period (None: an epoch).
+
+    Where shares follow the progress of the training, a period is one step, or as many as make at most
+    [`MOST_PERIODS`][hf_multitask.data.schedule.MOST_PERIODS] periods.
+
+    Args:
+        strategy: A key of `MIXING`.
+        sizes: Rows by source.
+        kwargs: The strategy's own arguments.
+        steps: Optimizer steps of the whole training.
+        window: Rows of an optimizer step.
+    """
+    moves = follows_progress(strategy)
+    length = -(-steps // MOST_PERIODS)
+    last = -(-steps // length) - 1 if moves else 0
+
+    def probabilities(period: int) -> list[float]:
+        progress = min(period / last, 1.0) if last else 0.0
+        return mixing_probabilities(strategy, sizes, kwargs, progress=progress, total_rows=steps * window)
+
+    return probabilities, length if moves else None
 
 
 def total_steps(args: TrainingArguments, windows: int) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import wraps
 from operator import itemgetter
 from typing import Any, ClassVar, cast
@@ -17,7 +19,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import number_of_arguments
 from transformers.utils import logging
 
@@ -40,13 +42,24 @@ from .hub.trainer_push import MultiTaskPushing
 from .loading import make_loader, make_streams
 from .models.backbone import USE_ADAPTER_MODEL, check_no_peft, sharding_units
 from .models.base import MultiTaskModel
-from .models.task import Task
+from .models.task import Task, closest
 from .training_args import MultiTaskSeq2SeqTrainingArguments, MultiTaskTrainingArguments, settle_args
 from .window import TaskProgress, Window, count_window
 
 __all__ = ["MultiTaskSeq2SeqTrainer", "MultiTaskTrainer", "MultiTaskTrainerMixin"]
 
 logger = logging.get_logger(__name__)
+
+# Arguments of which something else may stand there than what was asked for.
+_FILLED_IN = ("metric_for_best_model", "greater_is_better", "lr_scheduler_kwargs")
+# Fields of a task that do not reach prepared rows.
+_NOT_IN_ROWS = ("weight", "weight_schedule", "metric", "greater_is_better")
+_OF_TRAINER = frozenset(field.name for field in fields(TrainingArguments))
+_ONCE = "it is used when the trainer is made"
+_NOT_SEARCHED = {
+    **dict.fromkeys(("report_to", "push_to_hub", "hub_model_id", "enable_jit_checkpoint", "label_names"), _ONCE),
+    **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "use_cpu", "disable_tqdm", "log_level"), _ONCE),
+}
 
 
 # Methods of `Trainer` that a multi-task trainer replaces: those of a class behind the mixin are not called.
@@ -122,11 +135,14 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         model_init = given.get("model_init")
         if model is None and model_init is not None:
             model = model_init(*[None] * number_of_arguments(model_init))
+        self._before_trial: dict[str, Any] = {}  # what the last trial of a search changed
         self.tasks: list[Task] = []
         _check_peft(model)
         if isinstance(model, MultiTaskModel):
             self.tasks = decide_null_answers(model.tasks, given.get("train_dataset"))
         if self.tasks:
+            self._init_arguments = {name: value for name, value in given.items() if name not in ("model", "args")}
+            self._prepared_data: dict[str, Any] = {}  # how datasets were prepared, and the result
             given |= self._prepare_arguments(model, given)
         elif isinstance(given.get("train_dataset"), Mapping):
             raise ValueError(
@@ -153,14 +169,14 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         """
         tokenizer: Any = given.get("processing_class")
         train, evaluation = given.get("train_dataset"), given.get("eval_dataset")
-        args = given.get("args") or self.default_args_class(output_dir="tmp_trainer")
-        if not isinstance(args, self.default_args_class):
+        asked = given.get("args") or self.default_args_class(output_dir="tmp_trainer")
+        if not isinstance(asked, self.default_args_class):
             wanted = self.default_args_class.__name__
-            raise TypeError(f"args must be {wanted} for a multi-task model, got {type(args).__name__}")
-        if self._overrides_loss and args.ddp_find_unused_parameters is None:
-            args = copy.copy(args)
-            args.ddp_find_unused_parameters = True  # the user's loss need not depend on every head
-        args = settle_args(args, given.get("compute_loss_func"), (given.get("optimizers") or (None, None))[0])
+            raise TypeError(f"args must be {wanted} for a multi-task model, got {type(asked).__name__}")
+        if self._overrides_loss and asked.ddp_find_unused_parameters is None:
+            asked = copy.copy(asked)
+            asked.ddp_find_unused_parameters = True  # the user's loss need not depend on every head
+        args = settle_args(asked, given.get("compute_loss_func"), (given.get("optimizers") or (None, None))[0])
         check_tokenizer(tokenizer, model)
         check_added_tokens(tokenizer, model)
         self._sources = make_sources(self.tasks, model.shares_rows)
@@ -179,11 +195,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         check_held_out(model)
         set_best_metric(args, self.tasks, self._metrics, evaluation, given.get("callbacks"))
         with args.main_process_first(desc="preparing datasets"):
-            if train is not None:
-                train = self._prepare_training_data(train, args)
-                self._check_sampling(train, args)
-            if evaluation is not None:
-                evaluation = self.prepare_datasets(evaluation, "eval_dataset", "eval", complete=False)
+            train, evaluation = self._prepare_given(model, args, train, evaluation)
         if given.get("data_collator") is not None:
             some = train if train is not None else evaluation
             rows = [] if some is None else some.one_of_each()
@@ -196,6 +208,9 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             packing=args.packing,
             packing_length=args.packing_length,
         )
+        # What stands there in place of what was asked for; a later training settles it anew.
+        self._filled_in = {name: (getattr(asked, name), getattr(args, name)) for name in _FILLED_IN}
+        self._arguments = _field_values(args)
         self.progress = TaskProgress([task.name for task in self.tasks])
         self.guard = LossGuard()
         self.share_changes = ShareChanges()
@@ -235,6 +250,132 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
                 f"{type(self).__name__} overrides compute_loss, which makes one loss of all tasks, but {by_task} looks "
                 "at the tasks one by one and would not call it; leave out one of the two, or set weights and smoothing "
                 "per task: Task(weight=..., label_smoothing=...)"
+            )
+
+    def _prepare_given(
+        self, model: MultiTaskModel, args: MultiTaskTrainingArguments, train: Any, evaluation: Any
+    ) -> tuple[Any, Any]:
+        """Return the prepared datasets: those of before, where they would be made in the same way."""
+        tasks = [{k: v for k, v in task.to_dict().items() if k not in _NOT_IN_ROWS} for task in self.tasks]
+        how = {k: v for k, v in self._preparing.items() if k != "tokenizer"} | {
+            "max_eval_samples": args.max_eval_samples
+        }
+        key = {**how, "tasks": tasks, "shares_rows": model.shares_rows}
+        before = self._prepared_data.get("key", key)
+        for name, given in (("train_dataset", train), ("eval_dataset", evaluation)):
+            changed = [k for k in ("max_length", "max_eval_samples", "tasks") if key[k] != before[k]]
+            if changed and isinstance(given, (MultiTaskDataset, StreamingMixture)):
+                raise ValueError(
+                    f"{', '.join(changed)} cannot change after construction: {name} was prepared beforehand; give "
+                    "datasets by name"
+                )
+        if self._prepared_data and key == before and not isinstance(self._prepared_data["train"], StreamingMixture):
+            train, evaluation = self._prepared_data["train"], self._prepared_data["evaluation"]
+        else:
+            if train is not None:
+                train = self._prepare_training_data(train, args)
+            if evaluation is not None:
+                evaluation = self.prepare_datasets(evaluation, "eval_dataset", "eval", complete=False)
+            self._prepared_data = {"key": key, "train": train, "evaluation": evaluation}
+        if train is not None:
+            self._check_sampling(train, args)
+        return train, evaluation
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train as `Trainer` does, with the arguments as they are now.
+
+        Arguments that are used at construction, such as `max_length`, `packing` or `primary_task`, have their effect
+        too where a hyperparameter search, or an assignment to `trainer.args`, changed them.
+        """
+        if self.tasks:
+            if trial is not None and self.hp_search_backend is not None:
+                self._set_arguments_of(trial)  # before the model is made, which depends on the seed
+            self.neftune_noise_alpha = self.args.neftune_noise_alpha
+            if self.model_init is None:
+                self._settle_again(self.accelerator.unwrap_model(self.model))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Make a model, and settle what follows from it and from arguments that have changed since the last one."""
+        model = super().call_model_init(trial)
+        if self.tasks and hasattr(self, "callback_handler"):  # not while `Trainer` is being constructed
+            self._settle_again(model)
+        return model
+
+    def _settle_again(self, model: Any) -> None:
+        """Repeat what construction does with arguments and tasks, where one of them has changed since."""
+        names = [task.name for task in self.tasks]
+        if [task.name for task in model.tasks] != names:
+            return  # which is refused when training begins
+        tasks = decide_null_answers(model.tasks, self._init_arguments.get("train_dataset"))
+        if self._arguments == _field_values(self.args) and tasks == self.tasks:
+            return
+        self.tasks = tasks
+        for name, (asked, settled) in self._filled_in.items():
+            if getattr(self.args, name) == settled:
+                setattr(self.args, name, asked)
+        self.args.check_choices()
+        now = {"args": self.args, "callbacks": self.callback_handler.callbacks}
+        settled_again = self._prepare_arguments(model, {**self._init_arguments, **now})
+        vars(self.args).update(vars(settled_again["args"]))
+        for name in ("data_collator", "train_dataset", "eval_dataset"):
+            if name in settled_again:
+                setattr(self, name, settled_again[name])
+        self.model = model  # a search has taken the model of the trial before
+        self._check_balancing()
+
+    def _set_arguments_of(self, trial: Any) -> None:
+        """Set the arguments of a trial; those of the trial before it are what they were again.
+
+        Raises:
+            ValueError: A name is none of the arguments, and `model_init` takes no trial that it could be for.
+        """
+        params = dict(trial) if isinstance(trial, dict) else self.hp_space(trial)
+        self._check_searched(params)
+        for key, value in self._before_trial.items():
+            setattr(self.args, key, value)
+        self._before_trial = {key: getattr(self.args, key) for key in params if hasattr(self.args, key)}
+        for key, before in self._before_trial.items():
+            value = _from_json(key, params[key], self.args)
+            # `Trainer` does the same; an argument of ours may be a name or an object.
+            setattr(self.args, key, type(before)(value) if before is not None and key in _OF_TRAINER else value)
+        for name, flag in (
+            ("metric_for_best_model", "_metric_was_given"),
+            ("greater_is_better", "_direction_was_given"),
+        ):
+            if name in params:
+                self._before_trial[flag] = getattr(self.args, flag)
+                setattr(self.args, flag, params[name] not in (None, "loss"))
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Make the accelerator of a trial; its arguments are set already."""
+        if not self.tasks or self.hp_search_backend is None or trial is None:
+            super()._hp_search_setup(trial)
+            return
+        space = self.hp_space
+        try:
+            self.hp_space = lambda _: {}
+            super()._hp_search_setup({} if isinstance(trial, dict) else trial)
+        finally:
+            self.hp_space = space
+        self._trial = trial
+
+    def _check_searched(self, params: Mapping[str, Any]) -> None:
+        known = {field.name for field in fields(self.args)}
+        for key in params:
+            if key in _NOT_SEARCHED:
+                raise ValueError(f"hyperparameter_search cannot search {key!r}: {_NOT_SEARCHED[key]}")
+            # What starts with an underscore, or is called wandb, is a backend's own.
+            if key in known or key.startswith("_") or key == "wandb" or number_of_arguments(self.model_init):
+                continue
+            raise ValueError(
+                f"hyperparameter_search: {key!r} is no training argument{closest(key, known)}, and would have no "
+                "effect; a model_init that takes the trial may use it"
             )
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -328,7 +469,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         return prepare_sources(datasets, self._sources, argument, split=split, **options, **self._preparing)
 
     def _check_sampling(self, dataset: Any, args: MultiTaskTrainingArguments) -> None:
-        mixing_probabilities(args.task_sampling, dataset.sizes, args.mixing_kwargs, num_epochs=1)
+        mixing_probabilities(args.task_sampling, dataset.sizes, args.mixing_kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of mixed batches: rank-aware, a pure function of seed and epoch."""
@@ -513,3 +654,14 @@ def _check_peft(model: Any) -> None:
             f"model with its heads; {USE_ADAPTER_MODEL}"
         )
     check_no_peft(model, "a multi-task model in training")
+
+
+def _field_values(args: MultiTaskTrainingArguments) -> dict[str, Any]:
+    return {field.name: getattr(args, field.name) for field in fields(args)}
+
+
+def _from_json(key: str, value: Any, args: MultiTaskTrainingArguments) -> Any:
+    """Return the value of a trial's argument; a search names dictionaries as JSON."""
+    if key not in args._VALID_DICT_FIELDS or not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    return json.loads(value)

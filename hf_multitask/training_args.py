@@ -187,6 +187,10 @@ class MultiTaskTrainingArguments(TrainingArguments):
         filled_in = self.metric_for_best_model == "loss" and self.greater_is_better is False
         self._direction_was_given = self.greater_is_better is not None and not filled_in
         super().__post_init__()
+        self.check_choices()
+
+    def check_choices(self) -> None:
+        """Raise ValueError where an argument is not one of its values; for arguments that were assigned, too."""
         for name, allowed in (
             ("batch_composition", _COMPOSITIONS),
             ("loss_reduction", _REDUCTIONS),
@@ -227,7 +231,6 @@ class MultiTaskTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-
         for name, size in self.stream_sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"dataset_sizes[{name!r}] must be a positive whole number, got {size!r}")

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data.dataset import MultiTaskDataset
-from ..data.sampling import MIXING, check_mixing, mixing_probabilities
+from ..data.sampling import MIXING, check_mixing
 from ..data.schedule import windows_per_epoch
 from ..data.streaming import StreamingMixture
-from ..loading import make_sampler, total_steps
+from ..loading import make_sampler, shares_over_training, total_steps
 from ..training_args import MultiTaskTrainingArguments
 from .preflight_limits import LIMITS
 from .preflight_result import Finding
@@ -132,17 +132,19 @@ def _expected(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the rows drawn of each source until a step (by default the last), and the most in a whole epoch."""
     total, most = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
-    left = steps if until is None else until
-    epochs = math.ceil(steps / per_epoch)
-    for epoch in range(epochs):
-        shares = mixing_probabilities(
-            strategy, sizes, kwargs, epoch=epoch, num_epochs=epochs, total_rows=steps * window
-        )
-        rows = min(left, per_epoch) * window
-        for name, share in zip(sizes, shares, strict=True):
-            total[name] += share * rows
-            most[name] = max(most[name], share * per_epoch * window)
-        left -= min(left, per_epoch)
+    probabilities, period = shares_over_training(strategy, sizes, kwargs, steps, window)
+    period = per_epoch if period is None else period
+    until = steps if until is None else until
+    for epoch in range(math.ceil(steps / per_epoch)):
+        rows, step, end = dict.fromkeys(sizes, 0.0), epoch * per_epoch, (epoch + 1) * per_epoch
+        while step < end:
+            number, offset = divmod(step, period)
+            length = min(period - offset, end - step)
+            for name, share in zip(sizes, probabilities(number), strict=True):
+                rows[name] += share * length * window
+                total[name] += share * max(min(until - step, length), 0) * window
+            step += length
+        most = {name: max(most[name], rows[name]) for name in sizes}
     return total, most
 
 

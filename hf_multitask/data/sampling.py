@@ -10,8 +10,8 @@
 - `capped`: p ∝ min(n, K) (Raffel et al. 2020): proportional, but no dataset counts for more than K rows.
 - `unimax` (Chung et al. 2023): as uniform as possible while no dataset is read more than a given number of times.
 - `weighted`: the shares you give.
-- `annealed` (Stickland & Murray 2019): p ∝ n^α with α falling from 1 to 0.2 over the epochs, so that training begins
-  proportional and ends nearly uniform.
+- `annealed` (Stickland & Murray 2019): p ∝ n^α with α falling linearly from 1 to 0.2 over the optimizer steps of the
+  whole training, so that it begins proportional and ends nearly uniform, within a single epoch too.
 - `performance_gap` (Gottumukkala et al. 2020): p ∝ how far a dataset's validation score is behind its single-task
   score, anew after each evaluation (see [`hf_multitask.gap_sampling`]).
 
@@ -27,7 +27,7 @@ from typing import Any
 
 from ..models.task import closest
 
-__all__ = ["MIXING", "SIZELESS", "check_mixing", "mixing_probabilities"]
+__all__ = ["MIXING", "SIZELESS", "check_mixing", "follows_progress", "mixing_probabilities"]
 
 
 def _normalized(weights: Sequence[float]) -> list[float]:
@@ -113,11 +113,20 @@ def weighted(sizes: Sequence[int], weights: Mapping[str, float], *, names: Seque
     return _normalized([weights[name] for name in names])
 
 
-def annealed(sizes: Sequence[int], start: float = 1.0, end: float = 0.2, *, epoch: int, num_epochs: int) -> list[float]:
-    """Return p ∝ n^α with α going linearly from `start` (first epoch) to `end` (last epoch)."""
+def annealed(sizes: Sequence[int], start: float = 1.0, end: float = 0.2, *, progress: float) -> list[float]:
+    """Return p ∝ n^α with α = start + (end - start) · progress.
+
+    Stickland & Murray (2019, section 4.2) let α fall from 1 to 0.2 with the number of the epoch; here it falls with
+    each step.
+
+    Args:
+        sizes: Rows of each dataset.
+        start: α of the first optimizer step, in [0, 1].
+        end: α of the last one, in [0, 1].
+        progress: Part of the training that is over, from 0 (first step) to 1 (last step). The trainer knows it.
+    """
     _check_exponent("start", start)
     _check_exponent("end", end)
-    progress = min(epoch / (num_epochs - 1), 1.0) if num_epochs > 1 else 0.0
     return temperature(sizes, start + (end - start) * progress)
 
 
@@ -193,7 +202,7 @@ SIZELESS = ("uniform", "round_robin", "weighted")
 """Strategies whose probabilities do not depend on the sizes."""
 
 # What the trainer tells a strategy that asks for it; all other arguments are the user's.
-_CONTEXT = ("names", "epoch", "num_epochs", "total_rows", "gaps")
+_CONTEXT = ("names", "progress", "total_rows", "gaps")
 
 
 def check_mixing(name: str, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -217,24 +226,27 @@ def check_mixing(name: str, kwargs: Mapping[str, Any] | None = None) -> None:
             raise ValueError(f"task_sampling {name!r} needs task_sampling_kwargs={{{key!r}: ...}}")
 
 
+def follows_progress(name: str) -> bool:
+    """Return whether a strategy's probabilities change with the progress of the training."""
+    return "progress" in inspect.signature(MIXING[name]).parameters
+
+
 def mixing_probabilities(
     name: str,
     sizes: Mapping[str, int],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    epoch: int = 0,
-    num_epochs: int = 1,
+    progress: float = 0.0,
     total_rows: int | None = None,
     gaps: Sequence[float] | None = None,
 ) -> list[float]:
-    """Return the probabilities of a strategy for one epoch.
+    """Return the probabilities of a strategy.
 
     Args:
         name: A key of `MIXING`.
         sizes: Rows by dataset.
         kwargs: The strategy's own arguments.
-        epoch: Number of the epoch, from 0.
-        num_epochs: Epochs of the whole training.
+        progress: Part of the training that is over, in [0, 1].
         total_rows: Rows drawn in the whole training.
         gaps: Of each dataset, how far it is behind its single-task score.
 
@@ -246,8 +258,7 @@ def mixing_probabilities(
         [0.9090909090909091, 0.09090909090909091]
     """
     check_mixing(name, kwargs)
-    progress = {"epoch": epoch, "num_epochs": num_epochs, "total_rows": total_rows, "gaps": gaps}
-    context: dict[str, Any] = {"names": list(sizes), **progress}
+    context: dict[str, Any] = {"names": list(sizes), "progress": progress, "total_rows": total_rows, "gaps": gaps}
     parameters = inspect.signature(MIXING[name]).parameters
     asked = {key: value for key, value in context.items() if key in parameters}
     return MIXING[name](list(sizes.values()), **(kwargs or {}), **asked)

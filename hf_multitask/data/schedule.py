@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["MultiTaskBatchSampler", "RowNumber", "Schedule", "ShareChanges", "windows_per_epoch"]
+__all__ = ["MOST_PERIODS", "MultiTaskBatchSampler", "RowNumber", "Schedule", "ShareChanges", "windows_per_epoch"]
 
 
 class RowNumber(int):
@@ -86,10 +86,11 @@ class Schedule:
     `X_i(m) - A_i >= 1 - 1 / (2T - 2)`, is the earliest. Then `|A_i(n) - X_i(n)| <= 1 - 1 / (2T - 2)` for every n.
 
     Args:
-        probabilities: A function from the number of an epoch to the probabilities in it.
+        probabilities: A function from the number of a period to the probabilities in it.
         epoch_length: Places per epoch.
         changes: Probabilities that take the place of these from some step on; looked up when the step is drawn.
         places_per_step: Places per optimizer step.
+        places_per_period: Places per period, counted from the start of training; by default a period is an epoch.
     """
 
     def __init__(
@@ -98,9 +99,11 @@ class Schedule:
         epoch_length: int,
         changes: ShareChanges | None = None,
         places_per_step: int = 1,
+        places_per_period: int | None = None,
     ) -> None:
         self._probabilities = probabilities
         self.epoch_length = epoch_length
+        self._period = epoch_length if places_per_period is None else places_per_period
         self._changes = changes
         self._places_per_step = places_per_step
         size = len(probabilities(0))
@@ -115,7 +118,7 @@ class Schedule:
         """Return how often each index has come before the epoch begins."""
         if epoch < self._epoch:
             self.__init__(  # type: ignore[misc]
-                self._probabilities, self.epoch_length, self._changes, self._places_per_step
+                self._probabilities, self.epoch_length, self._changes, self._places_per_step, self._period
             )
         while self._epoch < epoch:
             if self._next is None:
@@ -137,37 +140,50 @@ class Schedule:
         """Yield the indices of one epoch, in order: O(log T) each."""
         counts = self.counts_before(epoch)
         targets, changed = self._targets, self._changed
-        done, due = 0, self._change_at(epoch * self.epoch_length)
+        done, due = 0, None
         while done < self.epoch_length:
+            here = epoch * self.epoch_length + done
+            due = self._change_at(here) if due is None else due
             changed = changed if due is None else due
-            shares = self._probabilities(epoch) if changed is None else changed
-            places, due = yield from self._stretch(epoch, done, targets, counts, changed)
+            number, offset = divmod(here, self._period)
+            shares = self._probabilities(number) if changed is None else changed
+            left = self.epoch_length - done
+            length = left if changed is not None else min(left, self._period - offset)
+            places, due = yield from self._stretch(here, length, targets, counts, changed)
             targets = [x + p * places for x, p in zip(targets, shares, strict=True)]
             done += places
         if epoch == self._epoch:
             self._next = (targets, counts, changed)
 
     def _stretch(
-        self, epoch: int, begin: int, start: list[float], counts: list[int], changed: Sequence[float] | None
+        self, begin: int, length: int, start: list[float], counts: list[int], changed: Sequence[float] | None
     ) -> Generator[int, None, tuple[int, Sequence[float] | None]]:
-        """Yield the indices of an epoch from a place on, to its end or to the next change; count them in `counts`.
+        """Yield the indices of a number of places, or of those up to the next change; count them in `counts`.
 
-        Returns the number of places and the change.
+        Args:
+            begin: The first place, counted from the start of training.
+            length: Number of places, all of one period.
+            start: `X_i` before the first of them.
+            counts: `A_i`, kept up to date.
+            changed: Probabilities in place of those of the periods.
+
+        Returns:
+            The number of places that came, and the change that ended them, or None.
         """
-        length = self.epoch_length
+        number, offset = divmod(begin, self._period)
         ahead: list[Sequence[float]] = []
 
         def place(index: int, level: float) -> float:
-            # First place n (from 1, counted here and on into later epochs) where X_index(n) reaches the level.
+            # First place n (from 1, counted here and on into later periods) where X_index(n) reaches the level.
             gap = level - start[index]
             if gap <= _TOLERANCE:
                 return 1
             before = 0
             for later in range(_LOOKAHEAD):
                 if later == len(ahead):
-                    ahead.append(self._probabilities(epoch + later) if changed is None else changed)
+                    ahead.append(self._probabilities(number + later) if changed is None else changed)
                 probability = ahead[later][index]
-                places = length if later else length - begin
+                places = self._period - (0 if later else offset)
                 if gap <= probability * places + _TOLERANCE:
                     return before + max(math.ceil(gap / probability - _TOLERANCE), 1)
                 gap -= probability * places
@@ -178,8 +194,8 @@ class Schedule:
         waiting = [(place(i, counts[i] + self._margin), i) for i in range(len(counts))]
         heapq.heapify(waiting)
         ready: list[tuple[float, int]] = []
-        for n in range(1, length - begin + 1):
-            due = self._change_at(epoch * length + begin + n - 1) if n > 1 else None
+        for n in range(1, length + 1):
+            due = self._change_at(begin + n - 1) if n > 1 else None
             if due is not None:
                 return n - 1, due
             while waiting and waiting[0][0] <= n:
@@ -190,12 +206,14 @@ class Schedule:
             counts[index] += 1
             heapq.heappush(waiting, (place(index, counts[index] + self._margin), index))
             yield index
-        return length - begin, None
+        return length, None
 
 
 _STRETCH = 50  # windows that are sorted by length together, as in `transformers`
 _TOLERANCE = 1e-9
-_LOOKAHEAD = 64  # epochs
+MOST_PERIODS = 1000
+"""In how many periods of constant shares a training is cut whose shares follow its progress."""
+_LOOKAHEAD = MOST_PERIODS + 24  # periods: to the end of training, behind which shares stay
 
 
 def windows_per_epoch(total_rows: int, window_rows: int, drop_last: bool = False) -> int:
@@ -215,7 +233,7 @@ class MultiTaskBatchSampler:
 
     Args:
         sizes: Rows by dataset; a row's global number is its number in the dataset plus the sizes before it.
-        probabilities: A function from the number of an epoch to the probabilities in it.
+        probabilities: A function from the number of a period to the probabilities in it.
         rows_per_batch: Rows of one batch on one process.
         accumulation: Batches per process and optimizer step.
         num_processes: Number of processes.
@@ -227,6 +245,7 @@ class MultiTaskBatchSampler:
             pass is cut into stretches, of some fifty windows where there are that many, and each begins with its
             longest rows. Shares, and what a pass holds, stay as they are. None leaves a pass in random order.
         changes: Probabilities that take the place of the first ones from some optimizer step on.
+        windows_per_period: Optimizer steps per period; by default a period is an epoch.
     """
 
     def __init__(
@@ -243,6 +262,7 @@ class MultiTaskBatchSampler:
         drop_last: bool = False,
         lengths: Mapping[str, np.ndarray] | None = None,
         changes: ShareChanges | None = None,
+        windows_per_period: int | None = None,
     ) -> None:
         self.sizes = dict(sizes)
         self._lengths = lengths
@@ -258,7 +278,9 @@ class MultiTaskBatchSampler:
         # One place of the schedule is a row, or, in batches of a single task, a whole batch.
         self._rows_per_place = rows_per_batch if self._single else 1
         places = self._batches * num_processes * rows_per_batch // self._rows_per_place
-        self.schedule = Schedule(probabilities, places, changes, window // self._rows_per_place)
+        per_step = window // self._rows_per_place
+        period = None if windows_per_period is None else windows_per_period * per_step
+        self.schedule = Schedule(probabilities, places, changes, per_step, period)
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
         windows = self._batches // accumulation
         self._stretches = -(-windows // max(min(_STRETCH, windows // 4), 1))

@@ -27,8 +27,8 @@ def test_probabilities_are_positive_and_sum_to_one(name, sizes):
     kwargs = (
         {"weights": {dataset: i + 1 for i, dataset in enumerate(sizes)}} if name == "weighted" else NEEDED.get(name)
     )
-    for epoch in range(4):
-        result = mixing_probabilities(name, sizes, kwargs, epoch=epoch, num_epochs=3, total_rows=500)
+    for progress in (0.0, 0.3, 1.0):
+        result = mixing_probabilities(name, sizes, kwargs, progress=progress, total_rows=500)
         assert len(result) == len(sizes)
         assert all(p > 0 for p in result)
         assert math.fsum(result) == pytest.approx(1.0, abs=1e-12)
@@ -98,21 +98,16 @@ def test_unimax_deals_the_budget_out_equally_up_to_its_passes(case):
 
 
 def test_annealed_goes_from_proportional_to_an_exponent_of_a_fifth():
-    def at(epoch, **kwargs):
-        return mixing_probabilities("annealed", SIZES, kwargs, epoch=epoch, num_epochs=5)
+    def at(progress, **kwargs):
+        return mixing_probabilities("annealed", SIZES, kwargs, progress=progress)
 
-    assert at(0) == pytest.approx(shares(1000, 100, 10), abs=1e-12)
-    assert at(2) == pytest.approx(shares(1000**0.6, 100**0.6, 10**0.6), abs=1e-12)
-    assert at(4) == pytest.approx(shares(1000**0.2, 100**0.2, 10**0.2), abs=1e-12)
-    assert at(5) == at(9) == at(4)
-    small = [at(epoch)[2] for epoch in range(5)]
+    assert at(0.0) == pytest.approx(shares(1000, 100, 10), abs=1e-12)
+    assert at(0.5) == pytest.approx(shares(1000**0.6, 100**0.6, 10**0.6), abs=1e-12)
+    assert at(1.0) == pytest.approx(shares(1000**0.2, 100**0.2, 10**0.2), abs=1e-12)
+    small = [at(part / 9)[2] for part in range(10)]
     assert all(before < after for before, after in zip(small, small[1:], strict=False))
-    assert at(4, start=0.5, end=0.0) == pytest.approx(shares(1, 1, 1), abs=1e-12)
-    assert at(0, start=0.5, end=0.0) == pytest.approx(shares(1000**0.5, 100**0.5, 10**0.5), abs=1e-12)
-
-
-def test_annealed_over_one_epoch_is_its_start():
-    assert mixing_probabilities("annealed", SIZES) == pytest.approx(shares(1000, 100, 10), abs=1e-12)
+    assert at(1.0, start=0.5, end=0.0) == pytest.approx(shares(1, 1, 1), abs=1e-12)
+    assert at(0.0, start=0.5, end=0.0) == pytest.approx(shares(1000**0.5, 100**0.5, 10**0.5), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in MIXING if name != "weighted"])
@@ -131,7 +126,7 @@ BAD = {
     "unknown argument": ("temperature", {"alfa": 0.5}, r"'temperature' takes no 'alfa', did you mean 'alpha'\?"),
     "argument of none": ("uniform", {"alpha": 0.5}, r"'uniform' takes no 'alpha'; it takes no arguments"),
     "the trainer's argument": ("unimax", {"total_rows": 5}, r"'unimax' takes no 'total_rows'"),
-    "the trainer's epoch": ("annealed", {"epoch": 1}, r"'annealed' takes no 'epoch'"),
+    "the trainer's progress": ("annealed", {"progress": 1}, r"'annealed' takes no 'progress'"),
     "alpha above 1": ("temperature", {"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
     "alpha below 0": ("temperature", {"alpha": -0.1}, r"alpha must lie in \[0, 1\], got -0.1"),
     "alpha NaN": ("temperature", {"alpha": math.nan}, r"alpha must lie in \[0, 1\], got nan"),

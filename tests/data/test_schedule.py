@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hf_multitask import MultiTaskTrainingArguments
 from hf_multitask.data.collator import DataCollatorForMultiTask
 from hf_multitask.data.dataset import prepare_sources
 from hf_multitask.data.sampling import MIXING, mixing_probabilities
-from hf_multitask.data.schedule import MultiTaskBatchSampler, Schedule, ShareChanges, windows_per_epoch
+from hf_multitask.data.schedule import MOST_PERIODS, MultiTaskBatchSampler, Schedule, ShareChanges, windows_per_epoch
 from hf_multitask.data.sources import make_sources
+from hf_multitask.loading import make_sampler as sampler_of_args
+from hf_multitask.loading import total_steps
 
 EPOCHS = 4
 
@@ -32,7 +35,7 @@ def probabilities_of(name: str, sizes: dict[str, int]):
 
     def probabilities(epoch: int) -> list[float]:
         return mixing_probabilities(
-            name, sizes, kwargs, epoch=epoch, num_epochs=EPOCHS, total_rows=EPOCHS * sum(sizes.values())
+            name, sizes, kwargs, progress=min(epoch / (EPOCHS - 1), 1.0), total_rows=EPOCHS * sum(sizes.values())
         )
 
     return probabilities
@@ -321,8 +324,9 @@ def test_workers_load_the_same_batches(datasets, tasks, tokenizer, composition):
         assert all(torch.equal(one["labels"][task], other["labels"][task]) for task in one["labels"])
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_the_bound_holds_for_any_change_of_shares_between_epochs(seed):
+@pytest.mark.parametrize("period", [None, 1, 7, 90])
+@pytest.mark.parametrize("seed", range(15))
+def test_the_bound_holds_for_any_change_of_shares_between_periods(seed, period):
     draw = random.Random(seed)
     size, length, epochs = draw.choice([2, 3, 5, 9]), draw.choice([3, 20, 57]), 8
 
@@ -331,13 +335,15 @@ def test_the_bound_holds_for_any_change_of_shares_between_epochs(seed):
         weights[draw.randrange(size)] += 0.1
         return [weight / sum(weights) for weight in weights]
 
-    table = [shares() for _ in range(epochs)]
-    schedule = Schedule(lambda epoch: table[min(epoch, epochs - 1)], length)
-    targets, counts, worst = [0.0] * size, [0] * size, 0.0
+    places = length if period is None else period
+    table = [shares() for _ in range(-(-epochs * length // places))]
+    schedule = Schedule(lambda number: table[min(number, len(table) - 1)], length, places_per_period=period)
+    targets, counts, worst, place = [0.0] * size, [0] * size, 0.0, 0
     for epoch in range(epochs):
         for index in schedule.epoch(epoch):
             counts[index] += 1
-            targets = [x + p for x, p in zip(targets, table[epoch], strict=True)]
+            targets = [x + p for x, p in zip(targets, table[place // places], strict=True)]
+            place += 1
             worst = max(worst, *(abs(a - x) for a, x in zip(counts, targets, strict=True)))
     assert worst <= 1 - 1 / (2 * size - 2) + 1e-6
 
@@ -500,3 +506,78 @@ def test_a_change_that_comes_too_late_is_an_error_and_not_another_order():
     train_on(changes, {})
     changes.restart({3: SECOND})
     assert changes.by_step == {3: SECOND} and changes.drawn == -1
+
+
+# ---- shares that follow the progress of the training ----
+
+
+def annealed_args(tmp_path, **arguments):
+    defaults = dict(task_sampling="annealed", per_device_train_batch_size=8, report_to="none", use_cpu=True)
+    return MultiTaskTrainingArguments(str(tmp_path), **{**defaults, **arguments})
+
+
+class Sized:
+    """Stands for prepared rows, of which a sampler asks the sizes alone."""
+
+    def __init__(self, **sizes):
+        self.sizes = sizes
+
+
+LENGTHS = {
+    "one epoch": dict(num_train_epochs=1),
+    "below one epoch": dict(max_steps=90),
+    "three epochs": dict(num_train_epochs=3),
+    "a part of an epoch more": dict(num_train_epochs=1.5),
+    "accumulated": dict(max_steps=60, gradient_accumulation_steps=2),
+    "batches of one dataset": dict(max_steps=120, batch_composition="single_task"),
+    "more steps than periods": dict(max_steps=2500),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.sample(3)
+def test_annealed_anneals_over_the_steps_of_the_training(case, tmp_path):
+    sizes, args = dict(large=1600, middle=160, small=16), annealed_args(tmp_path, **LENGTHS[case])
+    sampler = sampler_of_args(args, Sized(**sizes), 8)
+    window = 8 * args.gradient_accumulation_steps
+    steps = total_steps(args, len(sampler) // args.gradient_accumulation_steps)
+    came, epoch = [], 0
+    while len(came) < steps * window:
+        sampler.set_epoch(epoch)
+        came += [row for batch in sampler for row in batch]
+        epoch += 1
+    came = np.eye(3)[dataset_numbers(sizes, came[: steps * window])]
+    length = -(-steps // MOST_PERIODS)
+    periods = -(-steps // length)
+    progress = [min(step // length / (periods - 1), 1.0) for step in range(steps)]
+    shares = [mixing_probabilities("annealed", sizes, progress=part) for part in progress]
+    # What it begins and ends with, and the count at every prefix in between.
+    assert shares[0] == pytest.approx([n / 1776 for n in sizes.values()])
+    assert shares[-1] == pytest.approx(mixing_probabilities("temperature", sizes, {"alpha": 0.2}))
+    targets = np.cumsum(np.repeat(shares, window, axis=0), 0)
+    per_place = 8 if args.batch_composition == "single_task" else 1
+    off = np.abs(np.cumsum(came, 0) - targets)[per_place - 1 :: per_place] / per_place
+    assert off.max() <= bound(3) + 1e-6
+
+
+def test_annealed_does_not_depend_on_what_was_read_before_or_on_the_layout(tmp_path):
+    sizes = dict(large=400, middle=90, small=7)
+
+    def read(epoch, **arguments):
+        sampler = sampler_of_args(annealed_args(tmp_path, max_steps=170, **arguments), Sized(**sizes), 8)
+        sampler.set_epoch(epoch)
+        return [row for batch in sampler for row in batch]
+
+    through = sampler_of_args(annealed_args(tmp_path, max_steps=170), Sized(**sizes), 8)
+    in_turn = []
+    for epoch in range(3):
+        through.set_epoch(epoch)
+        in_turn.append([row for batch in through for row in batch])
+    assert in_turn == [read(epoch) for epoch in range(3)]
+    assert len({tuple(np.bincount(dataset_numbers(sizes, rows), minlength=3)) for rows in in_turn}) == 3
+    halves = sampler_of_args(
+        annealed_args(tmp_path, max_steps=170, per_device_train_batch_size=4, gradient_accumulation_steps=2),
+        Sized(**sizes),
+        4,
+    )
+    assert [row for batch in halves for row in batch] == in_turn[0]
