@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .balanced_step import MultiTaskBalancing
@@ -42,6 +43,7 @@ from .training_args import MultiTaskTrainingArguments
 __all__ = [
     "STATE_NAME",
     "MultiTaskCheckpoints",
+    "SaveAfterEvaluation",
     "compare_runs",
     "delete_old_checkpoints",
     "describe_run",
@@ -299,6 +301,27 @@ def delete_old_checkpoints(output_dir: str | Path, limit: int | None, step: int,
         (found[number] / _STATES[0]).unlink(missing_ok=True)  # what is left, should this be interrupted, is incomplete
         shutil.rmtree(found[number], ignore_errors=True)
     return deleted
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Writes the checkpoint of an epoch's last step after the evaluation that ends the epoch.
+
+    `Trainer` saves by steps before it evaluates by epochs, so such a checkpoint would lack what follows from the
+    evaluation: shares of datasets, the best metric, random numbers. A run that goes on from it would be another one.
+    """
+
+    def __init__(self) -> None:
+        self._waits = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put off saving to the end of the epoch, if this is its last step."""
+        ends = control.should_training_stop or control.should_epoch_stop or float(state.epoch or 0.5).is_integer()
+        if args.eval_strategy == IntervalStrategy.EPOCH and control.should_save and ends:
+            control.should_save, self._waits = False, True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save what was put off."""
+        control.should_save, self._waits = control.should_save or self._waits, False
 
 
 class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from .balancing.scaled_passes import undo_scales
 from .best_metric import set_best_metric
-from .checkpointing import MultiTaskCheckpoints
+from .checkpointing import MultiTaskCheckpoints, SaveAfterEvaluation
 from .data.collator import DataCollatorForMultiTask, check_collator
 from .data.dataset import MultiTaskDataset, as_mapping, first_rows, prepare_sources
 from .data.preprocessing import check_added_tokens, check_held_out, check_packing, check_tokenizer, longest_input
@@ -155,6 +155,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self.data_collator = own_collator
         if self.tasks:
             self._check_balancing()
+            self.add_callback(SaveAfterEvaluation())
         if self.tasks and self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             if plugin.transformer_cls_names_to_wrap is None:

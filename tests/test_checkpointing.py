@@ -258,7 +258,7 @@ def test_what_an_older_run_left_in_a_folder_does_not_stay(trained):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", None])
-def test_the_best_checkpoint_is_checked_before_it_is_loaded(trained, name):
+def test_the_best_checkpoint_is_checked_before_it_is_loaded(trained, datasets, name):
     folder, make, _ = trained
 
     class Spoils(TrainerCallback):
@@ -270,7 +270,7 @@ def test_the_best_checkpoint_is_checked_before_it_is_loaded(trained, name):
                 best = folder / f"checkpoint-{state.best_global_step}"
                 flip(best / name) if name else shutil.rmtree(best)
 
-    trainer = make(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, max_steps=4)
+    trainer = make(evaluation=datasets, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, max_steps=4)
     trainer.add_callback(Spoils())
     with pytest.raises(ValueError, match=name or "weights are missing"):
         trainer.train()

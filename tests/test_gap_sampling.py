@@ -97,6 +97,24 @@ def test_resumed_equals_uninterrupted(run, tmp_path, stopped, workers):
     assert resumed.progress.rows_seen == whole.progress.rows_seen
 
 
+# An epoch is 9 steps long, and ends with an evaluation; the last one ends early.
+@pytest.mark.parametrize("stopped", [9, 8, 10, 18, 16])
+@pytest.mark.sample(5)
+def test_with_evaluations_by_epoch_and_saving_by_steps_resumed_equals_uninterrupted(run, tmp_path, stopped):
+    options = dict(eval_strategy="epoch", max_steps=22)
+    whole, expected = run(**options)
+    assert list(whole.share_changes.by_step) == [11, 20, 24]
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(1, 23)}
+    resumed, found = run(resume=str(tmp_path / "out" / f"checkpoint-{stopped}"), **options)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert resumed.share_changes.by_step == whole.share_changes.by_step
+    logs = [
+        [{k: v for k, v in line.items() if not k.endswith(("runtime", "per_second"))} for line in one.state.log_history]
+        for one in (whole, resumed)
+    ]
+    assert logs[0][:-1] == logs[1][:-1]
+
+
 def test_resuming_with_an_evaluation_at_its_start_changes_nothing(run, tmp_path):
     whole, expected = run(eval_on_start=True)
     assert list(whole.share_changes.by_step) == [2, 6, 10, 14, 18]
