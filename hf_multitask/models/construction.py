@@ -30,7 +30,9 @@ from .backbone import (
 from .configuration import MultiTaskConfig
 from .encoder_decoder import drop_decoder
 from .language_head import LanguageHead, is_tied
+from .limits import shown
 from .manifest import Recording, check_named, read_manifest, saving
+from .pretrained_head import PretrainedHead, load_heads
 from .pretrained_language import LanguageParts, load_language_model
 from .rows import CurrentRows
 from .saved_config import HUB_OPTIONS
@@ -79,7 +81,12 @@ class ConstructedModel(SharingScheme):
         self.backbone = backbone
         self.rows = CurrentRows()
         pooling = config.pooling or default_pooling(config.backbone_config)
-        width = config.get_text_config().hidden_size
+        width = getattr(config.get_text_config(), "hidden_size", None)
+        if width is None:
+            raise ValueError(
+                f"backbone {config.backbone_config.model_type!r} has no hidden_size in its configuration, so it gives "
+                "no hidden states of tokens; take another backbone"
+            )
         self.heads = nn.ModuleDict(
             {
                 task.name: make_head(task, width, pooling, config.head_dropout, config.backbone_config)
@@ -100,6 +107,9 @@ class ConstructedModel(SharingScheme):
         **options: Any,
     ) -> Any:
         """Make a multi-task model over a pretrained backbone, with freshly initialised heads.
+
+        Heads of Transformers (`Task(head="native")`) start with the pooler that the checkpoint has, and with its
+        classifier where that has the labels of the task; a classifier that is left out is reported in the log.
 
         Args:
             backbone: A Hub id or folder for `AutoModel.from_pretrained`, or a model in memory, which is copied.
@@ -165,6 +175,8 @@ class ConstructedModel(SharingScheme):
         )
         wrapped = cls(config, model)
         lacking = wrapped._adopt_language(parts)
+        heads, owner = load_heads(backbone, tasks, **backbone_kwargs)
+        wrapped._adopt_heads(heads, owner, backbone if isinstance(backbone, str) else type(backbone).__name__)
         wrapped.config.dtype = model.dtype
         cast_parameters(wrapped, model.dtype)
         return wrapped.eval(), lacking
@@ -320,6 +332,32 @@ class ConstructedModel(SharingScheme):
         elif self.lm_head is not None:
             lacking["lm_head.weight"] = None
         return list(lacking)
+
+    @torch.no_grad()
+    def _adopt_heads(self, heads: dict[TaskType, PretrainedHead], owner: str, source: str) -> None:
+        """Give heads of Transformers the pooler and classifier of the checkpoint, and report a classifier left out."""
+        used = False
+        for task in self.tasks:
+            if task.head != "native" or task.type not in heads:
+                continue
+            pretrained = heads[task.type]
+            tensors, left_out = pretrained.for_task(task, self.config.backbone_config)
+            own = self._head(task.name).layers.native.state_dict()  # type: ignore[union-attr]
+            for name, value in own.items():
+                if name in tensors:
+                    value.copy_(tensors[name])
+            used |= bool(pretrained.model)
+            if left_out and pretrained.model:
+                logger.warning(
+                    f"task {task.name!r}: the classifier of {source}, a {owner}, is not kept: it predicts "
+                    f"{shown(pretrained.labels)} ({pretrained.problem or 'problem_type not set'}), the task "
+                    f"{shown(task.labels)} ({task.type}); that of the task starts at random"
+                )
+        if owner and not used:
+            logger.warning(
+                f"{source} is a {owner}, whose classifier none of the tasks keeps: a task of that type with "
+                "Task(head='native') and the same labels would"
+            )
 
     @classmethod
     def options(cls) -> list[str]:

@@ -30,7 +30,7 @@ __all__ = ["CausalLanguageHead", "LanguageHead", "LanguageLayers", "MaskedLangua
 
 def is_tied(config: PreTrainedConfig) -> bool:
     """Return whether a backbone's language models predict with the table of its input embeddings."""
-    return bool(config.get_text_config().tie_word_embeddings)
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 class Vocabulary(nn.Module):
