@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
@@ -164,6 +164,9 @@ class ConstructedModel(SharingScheme):
         else:
             may = cls.supports_encoder_decoder
             model = load_backbone(backbone, encoder_decoder=may, **backbone_kwargs)
+        if isinstance(MODEL_MAPPING.get(type(model.config), None), (list, tuple)):
+            # Of several classes (Funnel's) AutoModel takes the one that the configuration names.
+            model.config.architectures = [type(model).__name__]
         config = cls.config_class(
             backbone_config=model.config,
             tasks=[task.to_dict() for task in tasks],
