@@ -48,6 +48,7 @@ class MultiTaskBalancing(Trainer):
         """Begin a run: no weights learned, no gradients kept."""
         self.balancer = TaskBalancer(args, self.tasks)
         self._gradients: TaskGradients | TaskSketches | None = None
+        self._measured: TaskGradients | TaskSketches | None = None  # beside plain steps, for the log
         self._window_inputs: list[dict[str, Any]] = []
         self._decided: dict[str, float] | None = None
         self._window_losses: dict[str, Tensor] = {}
@@ -135,7 +136,7 @@ class MultiTaskBalancing(Trainer):
                 "callback's on_train_begin"
             )
         self._trained, self._shared = trained, list(model.shared_parameters())
-        self._gradients = None
+        self._gradients = self._measured = None
         if not self._shared:
             self.balancer.cosines = None  # there is nothing to compare from now on
 
@@ -235,6 +236,8 @@ class MultiTaskBalancing(Trainer):
         if self._decided is None and not self._overrides_loss:
             self.progress.add_losses(losses)
             self.guard.add(outputs["row_losses"])
+        if self._decided is None and self._measures_beside(self.state.global_step):
+            self._measure_conflicts(losses, window)
         frozen = balancer.weighting.needs_gradient_norms and not self._shared  # no norms: the weights stay as they are
         if not balancer.is_static and self._decided is None and not frozen:
             # This is the whole window, or the gradients of tasks would be wanted: the weights are of these losses.
@@ -246,6 +249,55 @@ class MultiTaskBalancing(Trainer):
         if self.args.world_size > 1:
             loss = loss * self.args.world_size  # data parallelism takes the mean over processes of what is a sum
         return (loss, outputs) if return_outputs else loss
+
+    # ---- conflicts of a plain step ----
+
+    @property
+    def _can_measure_beside(self) -> bool:
+        """Whether gradients of tasks can be taken of the graph of a plain step."""
+        options: Any = self.args.activation_checkpointing_kwargs or {}
+        reentrant = options.get("use_reentrant", False)
+        sharded = self.accelerator.distributed_type in _SHARDED
+        return not (sharded or self.args.torch_compile or (self.args.activation_checkpointing and reentrant))
+
+    def _measures_beside(self, step: int) -> bool:
+        """Return whether the conflicts of a step are measured without any part in what it does."""
+        asked = self.balancer.logs_conflicts(step) and bool(self._shared) and self._can_measure_beside
+        return asked and not self.balancer.needs_task_gradients(step, conflicts=False)
+
+    def _measure_conflicts(self, losses: Mapping[str, Tensor], window: Window) -> None:
+        """Add the gradients of tasks on shared parameters to those of this window; `.grad` stays as it is."""
+        if self._measured is None:
+            kind = TaskSketches if self.balancer.sketches else TaskGradients
+            self._measured = kind(self._shared, len(self.tasks), self.args.world_size, self.args.process_index)
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        kept = [parameter.grad for parameter in self._shared]
+        for number, task in enumerate(self.tasks):
+            loss = losses.get(task.name)
+            if loss is None or task.name not in window.rows or not loss.requires_grad:
+                continue
+            with torch.autocast(self.args.device.type, enabled=False):
+                # Nothing is accumulated, so hooks of data parallelism do not notice.
+                grads = torch.autograd.grad(loss * scale, self._shared, retain_graph=True, allow_unused=True)
+            for parameter, grad in zip(self._shared, grads, strict=True):
+                parameter.grad = grad
+            self._measured.move(number)
+        for parameter, before in zip(self._shared, kept, strict=True):
+            parameter.grad = before
+
+    def _record_measured(self, window: Window) -> None:
+        """Record the cosines of the gradients that were measured in a window; a collective call."""
+        if self._measured is None:
+            return
+        tasks = self.balancer.indices(window)
+        if tasks:
+            self._measured.reduce(tasks)
+            # Where all tasks take one pass with coefficients, their gradients come scaled.
+            scales = torch.tensor([self._scales.get(self.tasks[task].name, 1.0) or 1.0 for task in tasks]).double()
+            gramian = self._measured.gramian(tasks) / scales[:, None] / scales
+            self.balancer.record_cosines(tasks, gramian)
+        self._measured.clear()
 
     def _backward_by_task(self, model: nn.Module, inputs: dict[str, Any], window: Window) -> Tensor:
         """Run forward and backward for one task after the other, and move the shared gradients into their rows.

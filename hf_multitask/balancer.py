@@ -103,17 +103,18 @@ class TaskBalancer:
         """Return whether the cosines of a step are wanted for the log."""
         return bool(self._log_every) and (step + 1) % self._log_every == 0
 
-    def needs_task_gradients(self, step: int, shared: bool = True) -> bool:
+    def needs_task_gradients(self, step: int, shared: bool = True, conflicts: bool = True) -> bool:
         """Return whether a step needs the gradient of each task by itself.
 
         Args:
             step: Number of the optimizer step.
             shared: Whether any shared parameter is trained in it; otherwise there is nothing to combine or compare.
+            conflicts: Whether cosines that are wanted for the log count; they can be measured beside a plain step.
         """
         if not self.is_static and self._accumulates and not self.weighting.needs_gradient_norms:
             return True
-        wants = self.decides(step) or self.weighting.needs_gradient_norms or self.logs_conflicts(step)
-        return wants and shared
+        wants = self.decides(step) or self.weighting.needs_gradient_norms
+        return (wants or (conflicts and self.logs_conflicts(step))) and shared
 
     def decides(self, step: int) -> bool:
         """Return whether a step takes coefficients of its own, rather than those of an earlier step."""
@@ -205,13 +206,10 @@ class TaskBalancer:
         wants_gramian = self.weighting.needs_gradient_norms or self.combines or self.logs_conflicts(step)
         gramian = gradients.gramian(tasks) / scale**2 if wants_gramian else torch.eye(len(tasks), dtype=torch.float64)
         finite = bool(gramian.isfinite().all())
+        if wants_gramian:
+            self.record_cosines(tasks, gramian)
         norms = torch.full((len(self.tasks),), float("nan"), dtype=torch.float64)
         norms[tasks] = gramian.diagonal().clamp(min=0).sqrt()
-        if wants_gramian and finite:
-            lengths = norms[tasks].clamp(min=torch.finfo(torch.float64).tiny)
-            self.cosines = torch.full((len(self.tasks), len(self.tasks)), float("nan"), dtype=torch.float64)
-            index = torch.tensor(tasks)
-            self.cosines[index[:, None], index] = gramian / lengths[:, None] / lengths
         factors = self.weigh(window, losses, step, epoch, norms if self.weighting.needs_gradient_norms else None)
         weights = torch.tensor([factors[self.tasks[task].name] for task in tasks], dtype=torch.float64)
         if self.decides(step):
@@ -229,6 +227,19 @@ class TaskBalancer:
         else:
             gradients.write(tasks, coefficients * weights)
         return factors
+
+    def record_cosines(self, tasks: Sequence[int], gramian: Tensor) -> None:
+        """Record the cosines between gradients for the log.
+
+        Args:
+            tasks: Numbers of T' tasks.
+            gramian: `[T', T']`, inner products of their gradients; where it is not finite nothing is recorded.
+        """
+        if tasks and gramian.isfinite().all():
+            lengths = gramian.diagonal().clamp(min=0).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+            self.cosines = torch.full((len(self.tasks), len(self.tasks)), float("nan"), dtype=torch.float64)
+            index = torch.tensor(tasks)
+            self.cosines[index[:, None], index] = gramian / lengths[:, None] / lengths
 
     def _step_seed(self, step: int) -> int:
         return zlib.crc32(f"{self.seed} {step}".encode())

@@ -516,7 +516,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         if self._at_window_start:
             self._begin_window(unwrapped)
         self._at_window_start = self.accelerator.sync_gradients
-        by_task = self.balancer.needs_task_gradients(self.state.global_step, bool(self._shared))
+        beside = self._measures_beside(self.state.global_step)
+        by_task = self.balancer.needs_task_gradients(self.state.global_step, bool(self._shared), not beside)
         if by_task:
             loss = self._backward_by_task(model, inputs, num_items_in_batch)
         else:
@@ -530,6 +531,8 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         problem = self._loss_problem(loss)
         if problem is None and by_task:
             loss = self._combine(model, num_items_in_batch)
+        if beside:
+            self._record_measured(num_items_in_batch)
         unwrapped.finish_window()
         undo_scales(unwrapped, self._scales)
         self._scales = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_multitask import DataCollatorForMultiTask, HardSharingModel, Task
+from hf_multitask import DataCollatorForMultiTask, HardSharingModel, MultiTaskTrainer, Task
 from hf_multitask.balancer import TaskBalancer
 from hf_multitask.balancing.combination import COMBINATIONS, Combination
 from hf_multitask.balancing.elementwise import ELEMENTWISE
@@ -51,6 +51,47 @@ def series(trainer, name: str) -> list[dict[str, float]]:
         for line in trainer.state.log_history
         if "loss" in line
     ]
+
+
+LOGGED = {
+    "plain": {},
+    "accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=4),
+    "weighted": dict(loss_weighting="dwa"),
+    "checkpointed": dict(activation_checkpointing=True),
+    "in between decisions": dict(gradient_combination="pcgrad", combination_every=3),
+    "sketched": dict(gradient_memory="sketch"),
+}
+
+
+@pytest.mark.parametrize("case", LOGGED)
+def test_logging_conflicts_changes_no_weight(model, make_trainer, case):
+    before, found = weights(model), {}
+    for every in (0, 2):
+        model.load_state_dict(before)  # with its dropout
+        torch.manual_seed(3)
+        trainer = make_trainer(model, max_steps=6, conflict_logging_steps=every, **LOGGED[case])
+        trainer.train()
+        found[every] = trainer, weights(model)
+    assert all(torch.equal(value, found[2][1][name]) for name, value in found[0][1].items())
+    logged = [line for line in found[2][0].state.log_history if any(key.startswith("conflict/") for key in line)]
+    assert logged and all(-1.001 <= v <= 1.001 for line in logged for k, v in line.items() if k.startswith("conflict/"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conflicts_of_a_plain_step_are_those_of_a_step_task_by_task(run, layout, monkeypatch):
+    options = dict(
+        per_device_train_batch_size=layout[0],
+        gradient_accumulation_steps=layout[1],
+        conflict_logging_steps=1,
+        max_steps=2,
+    )
+    beside, _ = run(**options)
+    monkeypatch.setattr(MultiTaskTrainer, "_can_measure_beside", False)
+    by_task, _ = run(**options)
+    expected = series(by_task, "conflict/")
+    assert expected and len(expected[-1]) >= 3
+    for line, other in zip(series(beside, "conflict/"), expected, strict=True):
+        assert line == pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["rows", "tasks"])

@@ -157,6 +157,18 @@ def test_balanced_on_two_processes_equals_one(tmp_path, alone, options, sharded)
             assert other[key] == pytest.approx(line[key], rel=1e-5, abs=1e-5), key
 
 
+@pytest.mark.slow
+def test_logging_conflicts_changes_no_weight_on_two_processes(tmp_path, alone):
+    arguments = ("mixed", "rows", "weighted", "")
+    plain = launch(tmp_path, 2, *arguments)
+    options = (*arguments, json.dumps({"conflict_logging_steps": 1}))
+    logged, one = launch(tmp_path, 2, *options), alone(*options)
+    assert all(torch.equal(value, logged["weights"][name]) for name, value in plain["weights"].items())
+    found = [{k: v for k, v in line.items() if k.startswith("conflict/")} for line in logged["logs"]]
+    expected = [{k: v for k, v in line.items() if k.startswith("conflict/")} for line in one["logs"]]
+    assert all(found) and found == [pytest.approx(line, abs=1e-4) for line in expected]
+
+
 SCHEME_RUNS = {
     "soft": dict(scheme="soft"),
     "soft, cross-stitched": dict(scheme="soft", options={"cross_stitch": True}),
