@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -50,6 +51,7 @@ class MultiTaskBalancing(Trainer):
         self._gradients: TaskGradients | TaskSketches | None = None
         self._measured: TaskGradients | TaskSketches | None = None  # beside plain steps, for the log
         self._window_inputs: list[dict[str, Any]] = []
+        self._to_repeat: tuple[list[dict[str, Any]], Window] | None = None  # the window, for a look after its step
         self._decided: dict[str, float] | None = None
         self._window_losses: dict[str, Tensor] = {}
         self._added: dict[nn.Parameter, Tensor] = {}
@@ -180,6 +182,49 @@ class MultiTaskBalancing(Trainer):
             for parameter, grad in self._add_up(here, self._trained).items():
                 parameter.grad = grad / self.args.world_size  # as DDP takes the mean
         return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Look at the window's rows again where the loss weighting asks for it, and go on as `Trainer` does."""
+        if self.tasks:
+            self._observe_after_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _observe_after_step(self) -> None:
+        """Tell the loss weighting the losses of the last window's rows after its step; a collective call.
+
+        The pass is one of training (dropout included), without gradients. What it draws depends on the seed and the
+        step alone, and leaves the random state and what modules record of the passes of training as they were.
+        """
+        repeated, self._to_repeat = self._to_repeat, None
+        if repeated is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        batches, window = repeated
+        sharded = self.accelerator.distributed_type in _SHARDED
+        inner: Any = self.accelerator.unwrap_model(self.model_wrapped)
+        model: Any = self.model_wrapped if sharded else inner
+        model.train()
+        device = self.args.device
+        losses: dict[str, Tensor] = {}
+        forked = {} if device.type == "cpu" else {"device_type": device.type}
+        devices = [] if device.type == "cpu" else [device]
+        with torch.no_grad(), torch.random.fork_rng(devices, **forked):
+            place = f"{self.args.seed} {self.state.global_step} {self.args.process_index}"
+            torch.manual_seed(zlib.crc32(place.encode()))
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                own = {
+                    "num_items": {task: window.items.get(task, 0) for task in inputs["labels"]},
+                    "num_tokens": window.tokens,
+                    "penalty_scale": 0.0,
+                    "single_pass": sharded,
+                    "run_every_head": sharded,
+                }
+                with self.compute_loss_context_manager():
+                    outputs = model(**(inputs | own))
+                for name, loss in outputs["task_losses"].items():
+                    losses[name] = losses[name] + loss if name in losses else loss
+        inner.forget_passes()
+        self.balancer.after_step(self._add_up_losses(losses, window))
 
     # ---- the loss ----
 

@@ -149,6 +149,15 @@ class TaskBalancer:
             self.weights = self.weighting.weights(Observation(values, present, step, epoch, norms)).tolist()
         return self.factors(window, step)
 
+    def after_step(self, losses: Mapping[str, float]) -> None:
+        """Tell the loss weighting the losses of the last window's rows after its optimizer step.
+
+        Args:
+            losses: By task, the mean loss over the window and all processes.
+        """
+        values = [losses.get(task.name, float("nan")) for task in self.tasks]
+        self.weighting.after_step(torch.tensor(values, dtype=torch.float64))
+
     def factors(self, window: Window, step: int) -> dict[str, float]:
         """Return what each task's loss counts in a step, with the weights as they are."""
         shares = window.shares(self._reduction)

@@ -498,6 +498,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         window = count_window(batches, self.progress.tasks, device, self.args.world_size)
         self.progress.add_window(window)
         self._drawn_at = self.state.global_step if batches else None
+        self._to_repeat = (batches, window) if self.balancer.weighting.needs_losses_after_step and batches else None
         return batches, window
 
     def _check_trained(self) -> None:
@@ -547,6 +548,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         self.guard.end_step(skipped=problem is not None)
         self.progress.end_window(trained=problem is None)
         if problem is not None:
+            self._to_repeat = None
             self._stop_or_skip(model, problem)
             loss = torch.zeros_like(loss)
         return loss

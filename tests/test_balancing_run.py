@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
-from hf_multitask import DataCollatorForMultiTask, HardSharingModel, MultiTaskTrainer, Task
+from hf_multitask import DataCollatorForMultiTask, HardSharingModel, MixtureOfExpertsModel, MultiTaskTrainer, Task
 from hf_multitask.balancer import TaskBalancer
 from hf_multitask.balancing.combination import COMBINATIONS, Combination
 from hf_multitask.balancing.elementwise import ELEMENTWISE
@@ -526,3 +528,99 @@ def test_a_window_without_any_labelled_item_changes_nothing(run, model, tokenize
     )
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(key.startswith("loss/") for line in trainer.state.log_history for key in line)
+
+
+# ---- losses of the same rows after the step ----
+
+
+class Recording(DataCollatorForMultiTask):
+    """Keeps all batches, in order."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batches = []
+
+    def __call__(self, rows):
+        self.batches.append(super().__call__(rows))
+        return self.batches[-1]
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradient_combination="mgda"), dict(gradient_memory="sketch")], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.sample(2)
+def test_famo_sees_the_losses_of_the_same_rows_after_the_step(run, tokenizer, tasks, monkeypatch, layout, options):
+    """As in algorithm 1 of its paper; they are computed here by plain passes over the rows of the step."""
+    rows, accumulation = layout
+    collator, expected, found = Recording(tokenizer, tasks), [], []
+    after_step = TaskBalancer.after_step
+    monkeypatch.setattr(TaskBalancer, "after_step", lambda self, x: (found.append(x), after_step(self, x)))
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            total, items = {}, {}
+            start = (state.global_step - 1) * accumulation
+            for batch in collator.batches[start : start + accumulation]:
+                with torch.no_grad():
+                    losses = model(**batch).row_losses
+                for name, values in losses.items():
+                    total[name] = total.get(name, 0.0) + values.sum().item()
+                    items[name] = items.get(name, 0) + batch["num_items"][name]
+            expected.append({name: value / items[name] for name, value in total.items()})
+
+    trainer, _ = run(
+        loss_weighting="famo",
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulation,
+        trainer_kwargs={"data_collator": collator, "callbacks": [Look()]},
+        **options,
+    )
+    assert len(found) == len(expected) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert max(map(abs, trainer.balancer.weighting.state_dict()["logits"])) > 0.05
+
+
+class Twice(Favourite):
+    """As [`Favourite`], but it looks at the rows of each step again."""
+
+    needs_losses_after_step = True
+
+    def __init__(self):
+        self.seen = []
+
+    def after_step(self, losses):
+        self.seen.append(losses)
+
+
+@pytest.mark.parametrize("kind", [HardSharingModel, MixtureOfExpertsModel])
+def test_looking_at_the_rows_again_changes_nothing_else(bert, tasks, make_trainer, kind):
+    """Neither what dropout draws afterwards, nor what experts remember of their tokens, nor gradients."""
+    start, ends = weights(bert), []
+    options = {"router_noise": 0.5} if kind is MixtureOfExpertsModel else {}
+    twice = Twice()
+    for weighting in (Favourite(), twice):
+        bert.load_state_dict(start)
+        torch.manual_seed(1)
+        model = kind.from_backbone(copy.deepcopy(bert), tasks, **options)
+        make_trainer(model, loss_weighting=weighting, max_steps=4).train()
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert len(twice.seen) == 4
+
+
+def test_after_a_step_that_is_skipped_no_rows_are_looked_at_again(model, make_trainer, datasets):
+    rows = datasets["reviews"].to_list()
+    rows[3]["strength"] = 1e30
+    twice = Twice()
+    options = dict(loss_weighting=twice, on_nonfinite_loss="skip", max_steps=16)
+    trainer = make_trainer(model, {**datasets, "reviews": Dataset.from_list(rows)}, **options)
+    trainer.train()
+    assert trainer.guard.skipped >= 1 and len(twice.seen) == 16 - trainer.guard.skipped
+
+
+def test_an_object_that_wants_losses_after_the_step_has_a_method_for_them(model, make_trainer):
+    class Mute(Favourite):
+        needs_losses_after_step = True
+
+    with pytest.raises(ValueError, match="Mute needs losses after the step, and has no after_step"):
+        make_trainer(model, loss_weighting=Mute())

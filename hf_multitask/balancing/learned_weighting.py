@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ..models.task import Task
-from .weighting_base import FirstWindows, MaskedAdam, Observation, StatefulWeighting, check_number, masked_softmax
+from .weighting_base import (
+    SMALLEST,
+    FirstWindows,
+    MaskedAdam,
+    Observation,
+    StatefulWeighting,
+    check_number,
+    masked_softmax,
+)
 
 __all__ = ["Famo", "ImpartialLoss", "Uncertainty"]
 
@@ -156,12 +164,13 @@ class Famo(StatefulWeighting):
 
         w_t = T' · (z_t / L_t) / Σ_k (z_k / L_k) .
 
-    After a step, δ_t = log L_t(before) - log L_t(after), and ξ takes a step of Adam along Σ_k δ_k · ∂z_k/∂ξ, whose
-    elements are z_t · (δ_t - Σ_k z_k · δ_k), with weight decay: a task that improves more than the others loses weight.
+    After a step, δ_t = log L_t(before) - log L_t(after), both losses of the same rows, and ξ takes a step of Adam along
+    Σ_k δ_k · ∂z_k/∂ξ, whose elements are z_t · (δ_t - Σ_k z_k · δ_k), with weight decay: a task that improves more than
+    the others loses weight. The losses after the step cost a forward pass over the rows of the window, in training mode
+    (as in the authors' code, with dropout of its own). Those of the next window would not do: rows differ by much more
+    than a step changes, and what is left of the paper's adaptation of ξ are a tenth to a third of it.
 
-    Differences from the paper: "after" is the loss of the next window that holds the task, instead of the same rows
-    evaluated once more, so that no second forward pass is needed (δ is noisier, but the noise of successive windows
-    cancels out in the sum); and the weights sum to T' instead of 1, as those of plain summation.
+    Difference from the paper: the weights sum to T' instead of 1, as those of plain summation.
 
     Args:
         tasks: The model's tasks.
@@ -169,6 +178,7 @@ class Famo(StatefulWeighting):
         weight_decay: Pull of ξ towards equal weights (the paper's γ, 0.001).
     """
 
+    needs_losses_after_step: ClassVar[bool] = True
     scale_aware: ClassVar[bool] = True
 
     def __init__(self, tasks: Sequence[Task], *, learning_rate: float = 0.025, weight_decay: float = 0.001) -> None:
@@ -176,20 +186,26 @@ class Famo(StatefulWeighting):
         check_number("learning_rate", learning_rate, 0)
         check_number("weight_decay", weight_decay, 0)
         self._logits = self.vector("logits")
-        self._log_loss = self.vector("log_loss")
-        self._seen = self.vector("seen")
         self._adam = MaskedAdam(self, learning_rate, weight_decay)
+        # Not part of the state: a step is through before a checkpoint is written.
+        self._before: tuple[Tensor, Tensor] | None = None
 
     def weigh(self, observation: Observation) -> Tensor:
-        """Learn from the change since the last window, then return the weights."""
+        """Return the weights, and keep the losses for [`after_step`]."""
         here, log_losses = observation.present, observation.losses.log()
-        again = here & (self._seen > 0)
-        if again.any():
-            shares = masked_softmax(self._logits, again)
-            gains = torch.where(again, self._log_loss - log_losses, 0.0)
-            self._adam.step(self._logits, shares * (gains - (shares * gains).sum()), again)
-            self._logits.clamp_(-_WIDEST_LOG, _WIDEST_LOG)
-        self._log_loss[here] = log_losses[here]
-        self._seen[here] = 1.0
+        self._before = here, log_losses
         # softmax(ξ - log L) is (z / L) / Σ (z / L), and stays exact for losses of very different size.
         return here.sum() * masked_softmax(self._logits - log_losses, here)
+
+    def after_step(self, losses: Tensor) -> None:
+        """Learn from what the step has changed."""
+        losses = self._check("losses", losses)
+        if self._before is None:
+            return
+        (here, before), self._before = self._before, None
+        here = here & losses.isfinite()
+        if here.any():
+            shares = masked_softmax(self._logits, here)
+            gains = torch.where(here, before - losses.clamp(min=SMALLEST).log(), 0.0)
+            self._adam.step(self._logits, shares * (gains - (shares * gains).sum()), here)
+            self._logits.clamp_(-_WIDEST_LOG, _WIDEST_LOG)

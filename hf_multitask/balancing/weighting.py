@@ -19,7 +19,7 @@ window has the same share, and the published objectives hold as they stand, up t
 
 All but `static`, `dwa` and `random` are scale-aware: they train a regression whose loss is in the thousands beside a
 cross-entropy near 1. `gradnorm` and `db_mtl` need the norms of the tasks' gradients, which cost a backward pass per
-task.
+task; `famo` needs the losses after the step, which cost a forward pass.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ _CONTEXT = ("tasks", "seed")
 class CustomWeighting(LossWeighting):
     """An object of the user's that has a method `weights(observation)`; what it returns is checked.
 
-    Its `state_dict` and `load_state_dict` are used where it has both, otherwise its state is empty. It gets gradient
-    norms if it has an attribute `needs_gradient_norms` that is true. With an attribute `scale_aware` that is true its
-    weights stand for the unit of each loss, and gradient combinations see the weighted losses; otherwise they are
-    applied to what a combination makes of the losses, as `Task.weight` is.
+    Its `state_dict` and `load_state_dict` are used where it has both, otherwise its state is empty. Attributes that are
+    true say what else it wants: `needs_gradient_norms` gradient norms, and `needs_losses_after_step` the losses of the
+    same rows after the step, by a method `after_step(losses)`. With `scale_aware` its weights stand for the unit of
+    each loss, and gradient combinations see the weighted losses; otherwise they are applied to what a combination makes
+    of the losses, as `Task.weight` is.
 
     Args:
         weighting: The object.
@@ -103,6 +104,9 @@ class CustomWeighting(LossWeighting):
         self.tasks = tuple(tasks)
         self.has_state = all(methods)
         self.needs_gradient_norms = bool(getattr(weighting, "needs_gradient_norms", False))  # type: ignore[misc]
+        self.needs_losses_after_step = bool(getattr(weighting, "needs_losses_after_step", False))  # type: ignore[misc]
+        if self.needs_losses_after_step and not callable(getattr(weighting, "after_step", None)):
+            raise ValueError(f"loss_weighting {self.name} needs losses after the step, and has no after_step(losses)")
         self.scale_aware = bool(getattr(weighting, "scale_aware", False))  # type: ignore[misc]
 
     def weights(self, observation: Observation) -> Tensor:
@@ -123,6 +127,10 @@ class CustomWeighting(LossWeighting):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{rule}, got {weight} for task {task.name!r} in step {observation.step}")
         return weights
+
+    def after_step(self, losses: Tensor) -> None:
+        """Hand the losses after a step to the object."""
+        self.weighting.after_step(losses)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the object's state."""

@@ -57,13 +57,24 @@ class Observation:
 class LossWeighting(ABC):
     """From the losses of a window to the weights they are multiplied with.
 
-    `needs_gradient_norms` says whether `Observation.gradient_norms` must be there. `scale_aware` says whether the
-    weights make up for the unit of a loss: multiplying one task's loss by 1000 then leaves the balance between the
+    `needs_gradient_norms` says whether `Observation.gradient_norms` must be there, `needs_losses_after_step` whether
+    [`after_step`] is to be called, which costs a forward pass over the rows of each window. `scale_aware` says whether
+    the weights make up for the unit of a loss: multiplying one task's loss by 1000 then leaves the balance between the
     tasks' weighted gradients as it is.
     """
 
     needs_gradient_norms: ClassVar[bool] = False
+    needs_losses_after_step: ClassVar[bool] = False
     scale_aware: ClassVar[bool] = False
+
+    def after_step(self, losses: Tensor) -> None:  # noqa: B027
+        """Learn from the losses of the same rows after the optimizer step that followed the last [`weights`].
+
+        It is not called after a step that was left out.
+
+        Args:
+            losses: `[T]`, float64 on the CPU, in training mode and over all processes; NaN where the task is absent.
+        """
 
     @abstractmethod
     def weights(self, observation: Observation) -> Tensor:

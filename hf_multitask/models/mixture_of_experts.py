@@ -202,6 +202,11 @@ class MixtureOfExpertsModel(MultiTaskModel):
             terms.append(config.load_balancing_weight * balance + config.router_z_weight * squares)
         return torch.stack(terms).sum() / (num_tokens * len(layers))
 
+    def forget_passes(self) -> None:
+        """Forget which experts the tokens of the passes since the last window went to."""
+        for _, layer in self.expert_layers():
+            layer.counts, layer.passes = None, []
+
     @torch.no_grad()
     def finish_window(self) -> None:
         """Let the mean usage of the experts move towards that of this window, over all processes."""

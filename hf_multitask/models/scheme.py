@@ -160,6 +160,9 @@ class SharingScheme(PreTrainedModel, ABC):
         if self.config.backbone_config.is_encoder_decoder and TaskType.SEQ2SEQ_LM not in others:
             yield from decoder_parameters(self.backbone)
 
+    def forget_passes(self) -> None:
+        """Forget what modules have recorded of the passes since the last [`finish_window`]."""
+
     def finish_window(self) -> None:
         """Take note that the passes of an optimizer step are through; a collective call."""
 

@@ -61,6 +61,14 @@ def make(name: str, tasks=TASKS, **kwargs) -> LossWeighting:
     return make_weighting(name, tasks, {**BRIEF.get(name, {}), **kwargs}, seed=3)
 
 
+def weigh(weighting: LossWeighting, seen: Observation) -> Tensor:
+    """Return a window's weights, and make a step after which each loss is a little smaller, whatever its unit."""
+    weights = weighting.weights(seen)
+    if weighting.needs_losses_after_step:
+        weighting.after_step(seen.losses * (-0.1 * torch.tanh(seen.gradient_norms / seen.losses)).exp())
+    return weights
+
+
 def permuted(seen: Observation, order: list[int]) -> Observation:
     return Observation(seen.losses[order], seen.present[order], seen.step, seen.epoch, seen.gradient_norms[order])
 
@@ -78,8 +86,8 @@ def test_weights_follow_the_tasks_when_these_change_places(name):
     order = [2, 0, 3, 1]
     plain, other = make(name), make(name, [TASKS[i] for i in order])
     for seen in windows(40):
-        expected = plain.weights(seen)[order]
-        torch.testing.assert_close(other.weights(permuted(seen, order)), expected, rtol=1e-9, atol=0)
+        expected = weigh(plain, seen)[order]
+        torch.testing.assert_close(weigh(other, permuted(seen, order)), expected, rtol=1e-9, atol=0)
 
 
 @every_weighting
@@ -89,13 +97,13 @@ def test_a_loaded_weighting_goes_on_bit_for_bit(name, stop):
     whole, first = make(name), make(name)
     shapes = {key: len(values) for key, values in whole.state_dict().items()}
     for observation in seen[:stop]:
-        assert torch.equal(whole.weights(observation), first.weights(observation))
+        assert torch.equal(weigh(whole, observation), weigh(first, observation))
     text = json.dumps(first.state_dict(), allow_nan=False)
     second = make(name)
     second.load_state_dict(json.loads(text))
     assert second.state_dict() == first.state_dict()
     for observation in seen[stop:]:
-        assert torch.equal(whole.weights(observation), second.weights(observation))
+        assert torch.equal(weigh(whole, observation), weigh(second, observation))
     assert second.state_dict() == whole.state_dict()
     assert {key: len(values) for key, values in whole.state_dict().items()} == shapes
 
@@ -107,8 +115,8 @@ def test_equal_observations_give_equal_weights_and_touch_no_random_state_and_no_
     random.seed(1)
     states = torch.get_rng_state(), random.getstate()
     for seen, copy in zip(windows(20), windows(20), strict=True):
-        weights = one.weights(seen)
-        assert torch.equal(weights, two.weights(seen))
+        weights = weigh(one, seen)
+        assert torch.equal(weights, weigh(two, seen))
         weights.fill_(7.0)  # what was handed out is not the state
         for field in ("losses", "present", "gradient_norms"):
             assert torch.equal(getattr(seen, field).nan_to_num(-1), getattr(copy, field).nan_to_num(-1))
@@ -121,7 +129,7 @@ def test_nothing_of_an_absent_task_moves(name):
     some_moved = False
     for seen in windows(60):
         before = weighting.state_dict()
-        weights = weighting.weights(seen)
+        weights = weigh(weighting, seen)
         assert weights.isfinite().all() and weights.dtype == torch.float64 and weights.shape == (4,)
         changed = moved(before, weighting.state_dict())
         assert not any(change and not here for change, here in zip(changed, seen.present.tolist(), strict=True))
@@ -138,15 +146,15 @@ def test_nothing_of_an_absent_task_moves(name):
 def test_a_task_without_a_finite_loss_keeps_its_weight_and_counts_as_absent(name, field, bad):
     one, two = make(name), make(name)
     for seen in windows(20, presence=1.0):
-        before = one.weights(seen)
-        two.weights(seen)
+        before = weigh(one, seen)
+        weigh(two, seen)
     broken = observe([800.0, 9.0, 0.1, 0.02], norms=[700.0, 8.0, 0.2, 0.03], step=20)
     getattr(broken, field)[1] = bad
     absent = observe(
         [800.0, math.nan, 0.1, 0.02], [True, False, True, True], norms=[700.0, math.nan, 0.2, 0.03], step=20
     )
-    weights = one.weights(broken)
-    assert torch.equal(weights, two.weights(absent))
+    weights = weigh(one, broken)
+    assert torch.equal(weights, weigh(two, absent))
     assert weights[1] == before[1]
     assert one.state_dict() == two.state_dict()
 
@@ -155,7 +163,7 @@ def test_a_task_without_a_finite_loss_keeps_its_weight_and_counts_as_absent(name
 def test_before_a_task_has_shown_a_finite_loss_its_weight_is_one(name):
     weighting = make(name)
     for _ in range(3):
-        assert weighting.weights(observe([math.nan] * 4, [False, True, False, True])).tolist() == [1.0] * 4
+        assert weigh(weighting, observe([math.nan] * 4, [False, True, False, True])).tolist() == [1.0] * 4
     state = weighting.state_dict()
     assert state == make(name).state_dict()
 
@@ -169,7 +177,7 @@ def test_weights_are_finite_and_positive_for_extreme_losses_and_norms(name):
     weighting = make(name)
     for step in range(200):
         losses, norms = ([draw.choice(EXTREMES) for _ in TASKS] for _ in range(2))
-        weights = weighting.weights(observe(losses, norms=norms, step=step))
+        weights = weigh(weighting, observe(losses, norms=norms, step=step))
         assert weights.isfinite().all() and (weights > 0).all(), (step, losses, norms, weights)
     json.dumps(weighting.state_dict(), allow_nan=False)
 
@@ -178,7 +186,7 @@ def test_weights_are_finite_and_positive_for_extreme_losses_and_norms(name):
 def test_one_task_alone_has_a_sensible_weight(name):
     weighting = make(name, TASKS[:1])
     for seen in windows(12, size=1):
-        weights = weighting.weights(seen)
+        weights = weigh(weighting, seen)
         assert weights.shape == (1,) and 0 < weights.item() < 1e6
 
 
@@ -192,7 +200,7 @@ def test_exactly_the_scale_aware_ones_make_up_for_the_unit_of_a_loss(name):
     for seen in windows(40):
         counts += seen.present
         other = Observation(seen.losses * factors, seen.present, seen.step, seen.epoch, seen.gradient_norms * factors)
-        ratio = two.weights(other)[seen.present] * factors[seen.present] / one.weights(seen)[seen.present]
+        ratio = weigh(two, other)[seen.present] * factors[seen.present] / weigh(one, seen)[seen.present]
         if (counts > START_WINDOWS)[seen.present].all():  # before, no weight may be larger than plain summation's
             changes.append((ratio / ratio[0] - 1).abs().max().item())
     assert len(changes) > 10
@@ -204,7 +212,7 @@ def test_exactly_the_scale_aware_ones_make_up_for_the_unit_of_a_loss(name):
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(name):
     weighting = make(name)
     for seen in windows(12):
-        weighting.weights(seen)
+        weigh(weighting, seen)
     state = weighting.state_dict()
     key = list(state)[-1]
     without = {k: v for k, v in state.items() if k != key}
@@ -553,15 +561,15 @@ def test_stch_with_a_small_mu_attends_to_the_task_that_has_come_least_far():
 def test_famo_agrees_with_autograd_and_torchs_adam():
     logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([logits], lr=0.025, weight_decay=0.001)
-    weighting, last = make("famo"), None
+    weighting, draw = make("famo"), random.Random(1)
     for seen in windows(50, presence=1.0):
-        if last is not None:
-            adam.zero_grad()
-            logits.softmax(0).backward(last.log() - seen.losses.log())
-            adam.step()
-        last = seen.losses
-        scaled = logits.detach().softmax(0) / last
+        scaled = logits.detach().softmax(0) / seen.losses
         torch.testing.assert_close(weighting.weights(seen), 4 * scaled / scaled.sum())
+        after = seen.losses * vector(*(math.exp(draw.gauss(-0.05, 0.1)) for _ in range(4)))
+        weighting.after_step(after)
+        adam.zero_grad()
+        logits.softmax(0).backward(seen.losses.log() - after.log())
+        adam.step()
     assert logits.abs().max() > 0.1
 
 
@@ -570,8 +578,23 @@ def test_famo_turns_from_the_task_that_improves_to_the_one_that_does_not():
     for step in range(100):
         losses = vector(1000 * 0.95**step, 1.0)
         weights = weighting.weights(observe(losses))
+        weighting.after_step(losses * vector(0.95, 1.0))
     first, second = (weights * losses).tolist()
     assert second > 5 * first
+
+
+def test_famo_learns_nothing_from_a_step_that_was_left_out_or_has_no_loss():
+    weighting = make("famo", TWO)
+    before = weighting.state_dict()
+    weighting.after_step(vector(1.0, 1.0))  # before any window
+    weighting.weights(observe([5.0, 3.0]))
+    weighting.weights(observe([1.0, 3.0]))  # the step before was left out
+    weighting.after_step(vector(math.nan, math.nan))
+    assert weighting.state_dict() == {**before, "last_weights": weighting.state_dict()["last_weights"]}
+    weighting.weights(observe([1.0, 3.0]))
+    weighting.after_step(vector(0.5, 3.0))
+    weighting.after_step(vector(0.1, 3.0))  # each window counts once
+    assert weighting.state_dict()["adam_count"] == [1.0, 1.0]
 
 
 def test_gradnorm_agrees_with_autograd_and_torchs_adam():
@@ -690,7 +713,8 @@ def train(name: str, seed: int = 0, units: float = 1.0, **kwargs) -> tuple[float
         ]
 
     for step in range(300):
-        losses = losses_of(torch.randint(1000, (32,), generator=draw))
+        rows = torch.randint(1000, (32,), generator=draw)
+        losses = losses_of(rows)
         norms = None
         if weighting.needs_gradient_norms:
             gradients = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0] for loss in losses]
@@ -699,6 +723,8 @@ def train(name: str, seed: int = 0, units: float = 1.0, **kwargs) -> tuple[float
         optimizer.zero_grad()
         sum(weight * loss for weight, loss in zip(weighting.weights(seen).tolist(), losses, strict=True)).backward()
         optimizer.step()
+        if weighting.needs_losses_after_step:
+            weighting.after_step(torch.stack(losses_of(rows)).detach().double())
     with torch.no_grad():
         error = losses_of(torch.arange(1000))[0] / prices.var()
         accuracy = (topic(layer(inputs)).argmax(1) == topics).float().mean()
