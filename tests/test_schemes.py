@@ -368,3 +368,97 @@ def test_it_learns(kind, make_trainer, datasets):
     after = trainer.evaluate()
     assert after["eval_strength_loss"] < before["eval_strength_loss"]
     assert after["eval_names_loss"] < before["eval_names_loss"]
+
+
+# ---- adding and removing tasks ----
+
+NEW = Task("mood", "single_label_classification", labels=("calm", "angry", "sad"))
+
+
+@EVERY_KIND
+def test_an_added_task_leaves_the_others_as_they_are(tmp_path, kind):
+    model, batch = make_model(kind), make_batch()
+    if kind == "soft, cross-stitched":
+        with pytest.raises(ValueError, match="every encoder reads all others"):
+            model.add_task(NEW)
+        assert len(model.tasks) == 4
+        return
+    before, parameters, names = model(**batch).logits, dict(model.named_parameters()), [*model.heads]
+    model.add_task(NEW)
+    assert [task.name for task in model.tasks] == [*names, "mood"] == [task["name"] for task in model.config.tasks]
+    now = dict(model.named_parameters())
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    logits = model(**batch).logits
+    check_equal(before, {name: logits[name] for name in names})
+    assert logits["mood"].shape == (5, 3)
+    own = {id(p) for p in model.task_parameters("mood")}
+    assert own and own <= {id(now[name]) for name in set(now) - set(parameters)}
+    model.train()
+    model(**batch, labels={"mood": torch.tensor([0, 1, 2, 0, 1])}).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.task_parameters("mood"))
+    model.eval()
+    model.save_pretrained(tmp_path)
+    check_equal(logits, AutoModelForMultiTask.from_pretrained(tmp_path)(**batch).logits)
+    copied = copy.deepcopy(model)
+    check_equal(logits, copied(**batch).logits)
+
+
+@EVERY_KIND
+def test_a_removed_task_leaves_the_others_as_they_are(tmp_path, kind):
+    model, batch = make_model(kind), make_batch()
+    model.save_pretrained(tmp_path)
+    if kind == "soft, cross-stitched":
+        with pytest.raises(ValueError, match="every encoder reads all others"):
+            model.remove_task("tone")
+        return
+    before, state = model(**batch).logits, torch.get_rng_state()
+    model.remove_task("tone")
+    assert torch.equal(torch.get_rng_state(), state)
+    logits = model(**batch).logits
+    check_equal({name: before[name] for name in ("strength", "traits", "names")}, logits)
+    assert not any(".tone" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path)
+    check_equal(logits, AutoModelForMultiTask.from_pretrained(tmp_path)(**batch).logits)
+    model.add_task(make_tasks()[0])
+    assert [*model(**batch).logits] == ["strength", "traits", "names", "tone"]
+    check_equal(logits, {name: model(**batch).logits[name] for name in logits})
+
+
+def test_changes_of_tasks_that_cannot_be_are_refused_and_change_nothing():
+    model = make_model("hard", [*make_tasks()[:1], Task("help", "regression", auxiliary=True)])
+    before = weights(model)
+    for change, message in (
+        (lambda: model.add_task(make_tasks()[0]), "has a task 'tone' already"),
+        (lambda: model.add_task(Task("Tone", "regression")), "differ only in case"),
+        (lambda: model.add_task({"name": "x", "type": "regresion"}), "did you mean 'regression'"),
+        (lambda: model.add_task(Task("write", "seq2seq_lm")), "'write'"),
+        (lambda: model.remove_task("tune"), "did you mean 'tone'"),
+        (lambda: model.remove_task("tone"), "all tasks are auxiliary"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change()
+    check_equal(before, weights(model))
+    model.remove_task("help")
+    with pytest.raises(ValueError, match="'tone' is the only one"):
+        model.remove_task("tone")
+
+
+def test_changed_tasks_keep_mode_precision_freezing_and_checkpointing():
+    model = make_model("hard").to(torch.bfloat16).train()
+    model.activation_checkpointing_enable()
+    frozen = model.backbone.get_input_embeddings().weight.requires_grad_(False)
+    model.add_task(NEW)
+    assert model.training and model.is_activation_checkpointing
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.backbone.get_input_embeddings().weight is frozen and not frozen.requires_grad
+
+
+def test_an_added_task_starts_at_the_mean_of_the_encoders():
+    model = make_model("soft")
+    mean = model.merged_backbone().state_dict()
+    model.add_task(NEW)
+    check_equal(mean, model.encoder("mood").state_dict())
+    assert [p.requires_grad for p in model.encoder("mood").parameters()] == [
+        p.requires_grad for p in model.encoder("tone").parameters()
+    ]

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,6 +112,9 @@ class ConstructedModel(SharingScheme):
         Heads of Transformers (`Task(head="native")`) start with the pooler that the checkpoint has, and with its
         classifier where that has the labels of the task; a classifier that is left out is reported in the log.
 
+        Of a multi-task model (or its folder) the encoder is taken, and the heads of tasks that have the same name,
+        type, labels and kind of head; the log names the heads that start at random.
+
         Args:
             backbone: A Hub id or folder for `AutoModel.from_pretrained`, or a model in memory, which is copied.
             tasks: The tasks, in order.
@@ -127,6 +131,10 @@ class ConstructedModel(SharingScheme):
             >>> HardSharingModel.from_backbone(bert, [Task("score", "regression")]).tasks[0].name
             'score'
         """
+        conversion = import_module(f"{__package__}.conversion")  # which knows every scheme
+        source_model = conversion.as_multi_task(backbone, backbone_kwargs or {})
+        if source_model is not None:
+            return conversion.over_multi_task(cls, source_model, tasks, options)
         made, lacking = cls.over_backbone(backbone, tasks, backbone_kwargs or {}, options)
         if lacking:
             source = backbone if isinstance(backbone, str) else type(backbone).__name__

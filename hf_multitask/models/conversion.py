@@ -7,22 +7,29 @@ served by itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
-from .auto import SCHEMES
-from .backbone import cast_parameters
+from .auto import SCHEMES, AutoModelForMultiTask
+from .backbone import CONFIG_OPTIONS, cast_parameters
 from .base import MultiTaskModel
-from .language_head import LanguageLayers
+from .configuration import MultiTaskConfig
+from .language_head import LanguageLayers, is_tied
 from .native_head import NativeLayers, native_model
-from .task import Task, closest
+from .task import Task, check_tasks, closest
+from .task_type import TaskType
 
 __all__ = ["convert", "export_task", "plain_model", "select_tasks"]
 
+logger = logging.get_logger(__name__)
+
+_TABLES = ("parameters", "buffers")
 _COMMON = ("pooling", "head_dropout", "initializer_range", "max_input_length")
 
 
@@ -53,6 +60,148 @@ def convert(model: MultiTaskModel, scheme: str, **options: Any) -> MultiTaskMode
         cast_parameters(result.lm_head, model.dtype)
         result.lm_head.load_state_dict(model.lm_head.state_dict())
     return result.to(model.device).train(model.training)  # type: ignore[arg-type]
+
+
+def as_multi_task(source: Any, options: dict[str, Any]) -> MultiTaskModel | None:
+    """Return the multi-task model that a source of a backbone is, or is the folder of; None where it is a plain one.
+
+    Args:
+        source: What `from_backbone` was given.
+        options: Arguments of `from_pretrained`.
+    """
+    if isinstance(source, MultiTaskModel):
+        return source
+    if isinstance(source, nn.Module) or options.get("config") is not None:
+        return None
+    where = {key: options[key] for key in CONFIG_OPTIONS if key in options}
+    if isinstance(AutoConfig.from_pretrained(source, **where), MultiTaskConfig):
+        return AutoModelForMultiTask.from_pretrained(source, **options)
+    return None
+
+
+def over_multi_task(
+    scheme: type[MultiTaskModel],
+    source: MultiTaskModel,
+    tasks: Iterable[Task | dict[str, Any]],
+    options: dict[str, Any],
+) -> MultiTaskModel:
+    """Return a model of a scheme over the encoder of another multi-task model, with the heads of equal tasks.
+
+    Args:
+        scheme: The class of the new model.
+        source: The other model, which stays as it is.
+        tasks: The tasks of the new model.
+        options: Options of the new scheme; those of the heads are the source's where they are not given.
+
+    Raises:
+        ValueError: The source has not one encoder for all tasks, or lacks what a task needs.
+    """
+    tasks = check_tasks(tasks)
+    before = {task.name: task for task in source.tasks}
+    kept = [task.name for task in tasks if task.name in before and _same_head(task, before[task.name])]
+    fresh = [task.name for task in tasks if task.name not in kept]
+    _check_decoder(source, [task for task in tasks if task.name in fresh])
+    backbone = source.reusable_backbone()
+    common = {name: getattr(source.config, name) for name in _COMMON}
+    made, lacking = scheme.over_backbone(backbone, tasks, {}, {**common, **options})
+    made.config.generation = source.config.generation
+    if source.lm_head is not None and any(task.type.is_language for task in tasks):
+        made.untie_vocabulary()
+        cast_parameters(made.lm_head, made.dtype)
+        made.lm_head.load_state_dict(source.lm_head.state_dict())
+    elif scheme.freezes_backbone and "lm_head.weight" in lacking:
+        raise ValueError(
+            f"{type(source).__name__} has no lm_head.weight, which {scheme.__name__} would leave at random"
+        )
+    for name in kept:
+        made.heads[name].load_state_dict(source.heads[name].state_dict())
+    parts = [f"keeps the heads of {', '.join(kept)}"] if kept else []
+    parts += [f"starts those of {', '.join(fresh)} at random"] if fresh else []
+    left = [name for name in before if name not in kept]
+    parts += [f"leaves out those of {', '.join(left)}"] if left else []
+    logger.warning(f"the model over the encoder of a {type(source).__name__} {'; '.join(parts)}")
+    return made
+
+
+def _same_head(one: Task, other: Task) -> bool:
+    return all(getattr(one, field) == getattr(other, field) for field in ("type", "labels", "head", "pooling"))
+
+
+def _check_decoder(model: MultiTaskModel, new: Sequence[Task]) -> None:
+    """Raise ValueError where a task needs the decoder of an encoder-decoder that was left out."""
+    names = [task.name for task in new if task.type is TaskType.SEQ2SEQ_LM]
+    has_decoder = any(task.type is TaskType.SEQ2SEQ_LM for task in model.tasks)
+    if names and not has_decoder and model.config.backbone_config.is_encoder_decoder:
+        raise ValueError(
+            f"task {names[0]!r}: the model has no decoder, as none of its tasks is of type seq2seq_lm; begin with "
+            "from_backbone over the pretrained encoder-decoder"
+        )
+
+
+def add_task(model: MultiTaskModel, task: Task | dict[str, Any]) -> None:
+    """Add a task to a model in place; see [`MultiTaskModel.add_task`].
+
+    The parameters that there are stay the same objects. What the task needs for itself starts as `from_backbone`
+    starts it; under soft sharing its encoder is the mean of the others. While the parts are put together there is
+    memory for two models.
+    """
+    (task,) = (task,) if isinstance(task, Task) else (Task.from_dict(task),)
+    if any(task.name == known.name for known in model.tasks):
+        raise ValueError(f"the model has a task {task.name!r} already; remove_task({task.name!r}) comes first")
+    _check_decoder(model, [task])
+    model.check_selection([])
+    _change_tasks(model, [*model.tasks, task], task)
+
+
+def remove_task(model: MultiTaskModel, name: str) -> None:
+    """Remove a task from a model in place; see [`MultiTaskModel.remove_task`]."""
+    _find(model, name)
+    left = [task for task in model.tasks if task.name != name]
+    if not left:
+        raise ValueError(f"task {name!r} is the only one: a multi-task model needs at least one task")
+    model.check_selection([task.name for task in left])
+    _change_tasks(model, left)
+
+
+def _change_tasks(model: MultiTaskModel, tasks: Sequence[Task], added: Task | None = None) -> None:
+    """Rebuild a model around other tasks, with the parameters and buffers that it has."""
+    if any(getattr(part, "quantization_config", None) for part in (model.config, model.config.backbone_config)):
+        raise ValueError("the tasks of a quantised model cannot be changed; load its backbone without quantisation")
+    config = copy.deepcopy(model.config)
+    config.tasks = [task.to_dict() for task in check_tasks(tasks)]
+    config.untied_vocabulary = config.untied_vocabulary or (
+        model.lm_head is not None and is_tied(config.backbone_config)
+    )
+    scheme: Any = type(model)
+    with torch.random.fork_rng(enabled=added is None):
+        result = scheme(config)
+    cast_parameters(result, model.dtype)
+    result.to(model.device)  # type: ignore[arg-type]
+    result.freeze_backbone()
+    tables = [(table, dict(getattr(model, f"named_{table}")(remove_duplicate=False))) for table in _TABLES]
+    if result.lm_head is not None and model.lm_head is None and result.freezes_backbone:
+        raise ValueError(
+            f"task {tasks[-1].name!r} predicts tokens with a table that is not that of the input embeddings, which the "
+            f"model lacks and {scheme.__name__} would leave as it starts, at random; begin with from_backbone"
+        )
+    if added is not None:
+        result.start_task(added.name, model)
+    for table, known in tables:
+        for name, value in known.items():
+            holder, _, last = name.rpartition(".")
+            try:
+                found = result.get_submodule(holder)
+            except AttributeError:  # of a task that was removed
+                continue
+            entries = getattr(found, f"_{table}")
+            if last in entries:
+                entries[last] = value
+    result.train(model.training)
+    if model.is_activation_checkpointing:
+        result.activation_checkpointing_enable()
+    result.name_or_path = model.name_or_path
+    vars(model).clear()
+    vars(model).update(vars(result))
 
 
 def select_tasks(model: MultiTaskModel, names: Sequence[str]) -> MultiTaskModel:

@@ -54,6 +54,10 @@ class HardSharingModel(MultiTaskModel):
         """Return a copy of the backbone, which all tasks have."""
         return copy.deepcopy(self.backbone)
 
+    def reusable_backbone(self) -> PreTrainedModel:
+        """Return a copy of the backbone."""
+        return self.merged_backbone()
+
     def task_backbone(self, name: str) -> PreTrainedModel:
         """Return a copy of the backbone, which each task has."""
         return self.merged_backbone()

@@ -186,6 +186,21 @@ class SharingScheme(PreTrainedModel, ABC):
             "weights; begin with HardSharingModel or SoftSharingModel"
         )
 
+    def reusable_backbone(self) -> PreTrainedModel:
+        """Return the encoder that a new model over this one starts with, as a copy.
+
+        Raises:
+            ValueError: There is not one encoder that computes what this model does for all its tasks.
+        """
+        raise ValueError(
+            f"from_backbone cannot take the encoder out of a {type(self).__name__}: what it has learned is not in one "
+            "backbone's weights; change its tasks with model.add_task(task) and model.remove_task(name), or give "
+            "from_backbone the plain backbone it was made of"
+        )
+
+    def start_task(self, name: str, before: SharingScheme) -> None:
+        """Give a task that was added the initial values it has not got yet; `before` is the model without the task."""
+
     def task_backbone(self, name: str) -> PreTrainedModel:
         """Return a plain backbone that encodes texts as this model does for one task, as a copy.
 
@@ -212,6 +227,28 @@ class SharingScheme(PreTrainedModel, ABC):
     def to_scheme(self, scheme: str, **options: Any) -> Any:
         """Return a model of another sharing scheme that goes on where this one is; see [`conversion.convert`]."""
         return _conversion().convert(self, scheme, **options)
+
+    def add_task(self, task: Any) -> None:
+        """Add a task to this model in place, behind the others, which compute what they did; see [`conversion`].
+
+        Args:
+            task: A [`Task`], or a dictionary of its fields.
+
+        Raises:
+            ValueError: The task does not fit, has the name of another, or the scheme cannot take a task more.
+        """
+        _conversion().add_task(self, task)
+
+    def remove_task(self, name: str) -> None:
+        """Remove a task and all that it trained for itself, in place; the others compute what they did.
+
+        Args:
+            name: The task.
+
+        Raises:
+            ValueError: There is no such task, no other is trained for its own sake, or the tasks cannot be separated.
+        """
+        _conversion().remove_task(self, name)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, *, task: str | None = None, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from .encoder_distance import (
     weighted_deviation,
 )
 from .layers import find_layers
+from .scheme import SharingScheme
 
 __all__ = ["SoftSharingConfig", "SoftSharingModel"]
 
@@ -161,6 +162,23 @@ class SoftSharingModel(MultiTaskModel):
             for name, parameter in merged.named_parameters():
                 parameter.copy_(torch.stack([own[name].double() for own in versions]).mean(0))
         return merged
+
+    def reusable_backbone(self) -> PreTrainedModel:
+        """Return a copy of the only encoder.
+
+        Raises:
+            ValueError: There are several.
+        """
+        if len(self.tasks) > 1:
+            raise ValueError(
+                f"from_backbone cannot choose among the encoders of {', '.join(self.encoders)}: give it one of them, "
+                "model.encoder(name), or model.to_scheme('hard'), which averages them"
+            )
+        return self.merged_backbone()
+
+    def start_task(self, name: str, before: SharingScheme) -> None:
+        """Start the encoder of a task that was added as the mean of the other encoders."""
+        self.encoder(name).load_state_dict(before.merged_backbone().state_dict())
 
     def task_backbone(self, name: str) -> PreTrainedModel:
         """Return a copy of a task's encoder."""

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from conftest import BACKBONES, PAD_ID, make_tasks
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
 
-from hf_multitask import AutoModelForMultiTask, HardSharingModel, Task
+from hf_multitask import (
+    AdapterModel,
+    AutoModelForMultiTask,
+    ConditionedModel,
+    HardSharingModel,
+    MixtureOfExpertsModel,
+    PrefixModel,
+    SoftSharingModel,
+    Task,
+)
 from hf_multitask.models.conversion import plain_model, select_tasks
 
 NATIVE = [
@@ -126,3 +142,83 @@ def test_plain_model_is_a_copy():
     plain = plain_model(model, "tone")
     pointers = {p.data_ptr() for p in model.parameters()}
     assert not any(p.data_ptr() in pointers for p in plain.parameters())
+
+
+# ---- over a multi-task model ----
+
+SOURCES = {
+    "conditioned": (ConditionedModel, {}),
+    "prefix": (PrefixModel, {"num_virtual_tokens": 3}),
+    "adapter": (AdapterModel, {"rank": 2}),
+    "mixture": (MixtureOfExpertsModel, {"num_experts": 2}),
+    "soft": (SoftSharingModel, {}),
+}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("scheme", [HardSharingModel, *(model for model, _ in SOURCES.values())])
+def test_a_model_over_a_multi_task_model_has_its_encoder_and_its_heads(tmp_path, scheme, folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_multitask"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    options = {"num_experts": 2} if scheme is MixtureOfExpertsModel else {}
+    source, batch = make_model("bert", make_tasks()), make_batch()
+    source.save_pretrained(tmp_path)
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    tone, strength, *_ = make_tasks()
+    other = Task("traits", "multi_label_classification", labels=("long", "sad"))
+    tasks = [strength, tone, other, Task("mood", "regression")]
+    made = scheme.from_backbone(str(tmp_path) if folder else source, tasks, **options)
+    for name in ("tone", "strength"):
+        for one, two in zip(source.heads[name].parameters(), made.heads[name].parameters(), strict=True):
+            assert torch.equal(one, two) and one is not two
+    assert "heads of strength, tone" in caplog.text and "traits, mood at random" in caplog.text
+    expected, found = source(**batch).logits, made(**batch).logits
+    assert [*found] == ["strength", "tone", "traits", "mood"]
+    if scheme is not PrefixModel:  # whose prefixes change what is computed from the start
+        assert (found["tone"] - expected["tone"]).abs().max() < 1e-5
+    made.train()(**batch, labels={"mood": torch.zeros(5, 1)}).loss.backward()
+    made.save_pretrained(tmp_path / "made")
+    loaded = AutoModelForMultiTask.from_pretrained(tmp_path / "made")
+    assert torch.equal(loaded(**batch).logits["mood"], made.eval()(**batch).logits["mood"])
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_multi_task_model_without_one_encoder_is_refused_by_name(tmp_path, kind):
+    scheme, options = SOURCES[kind]
+    source = scheme.from_backbone(BACKBONES["bert"](), make_tasks(), **options)
+    source.save_pretrained(tmp_path)
+    for given in (source, str(tmp_path)):
+        with pytest.raises(ValueError, match="model.encoder|add_task"):
+            HardSharingModel.from_backbone(given, make_tasks())
+
+
+def test_one_encoder_of_soft_sharing_is_taken():
+    source = SoftSharingModel.from_backbone(BACKBONES["bert"](), make_tasks()[:1])
+    made = HardSharingModel.from_backbone(source, make_tasks())
+    assert torch.equal(made(**make_batch()).logits["tone"], source(**make_batch()).logits["tone"])
+
+
+def test_options_of_heads_are_those_of_the_multi_task_model():
+    source = HardSharingModel.from_backbone(BACKBONES["bert"](), make_tasks(), pooling="first", head_dropout=0.3)
+    assert HardSharingModel.from_backbone(source, make_tasks()).config.pooling == "first"
+    assert HardSharingModel.from_backbone(source, make_tasks(), head_dropout=0.0).config.head_dropout == 0.0
+
+
+def test_heads_over_the_vocabulary_are_kept():
+    torch.manual_seed(0)
+    tasks = [Task("tone", "regression"), Task("text", "masked_lm")]
+    backbone = BertForMaskedLM(
+        BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=False)
+    )
+    source = HardSharingModel.from_backbone(backbone, tasks)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    made = HardSharingModel.from_backbone(source, [*tasks, Task("mood", "regression")])
+    batch = make_batch()
+    assert torch.equal(made(**batch).logits["text"], source(**batch).logits["text"])
+    source.add_task(Task("mood", "regression"))
+    assert torch.equal(made(**batch).logits["text"], source(**batch).logits["text"])
+    source.remove_task("text")
+    assert source.lm_head is None and not any("lm_head" in name for name in source.state_dict())
