@@ -11,13 +11,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_datasets
+from conftest import BACKBONES, make_datasets, make_tasks
 from datasets import Dataset
+from questions import question_datasets, question_tasks
+from test_schemes import KINDS, quiet
 from torch._dynamo.utils import counters
 from transformers import BertConfig, BertModel, TrainerCallback
 
 from hf_multitask import HardSharingModel
 from hf_multitask.guard import NonFiniteLossError
+from hf_multitask.models.auto import SCHEMES
 
 TASKS = ("tone", "strength", "traits", "names")
 BAD_ROW = 13
@@ -500,3 +503,23 @@ def test_compiled_training_with_real_backends(run, tasks, datasets, compiler, ba
     for task in TASKS:
         assert metrics[f"eval_{task}_loss"] == pytest.approx(expected[f"eval_{task}_loss"], rel=1e-4)
     assert compiler["stats"]["unique_graphs"] <= 2 * MOST_GRAPHS  # of training and of evaluation
+
+
+@pytest.mark.sample(20)
+@pytest.mark.parametrize("kind", sorted(KINDS, key=lambda kind: "mixture" not in kind))
+def test_every_scheme_trains_and_evaluates_in_double_precision(kind, make_trainer):
+    scheme, options = KINDS[kind]
+    data = {**make_datasets(), **question_datasets()}
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        backbone, tasks = BACKBONES["bert"](), [*make_tasks(), *question_tasks()[1:]]
+        model = SCHEMES[scheme].from_backbone(backbone, tasks, **{**options, **quiet(kind)}).to(dtype)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = make_trainer(model, data, data, max_steps=1, optim="sgd")
+        trainer.train()
+        found.append({key: value for key, value in trainer.evaluate().items() if key.endswith("_loss")})
+        assert all(p.dtype == dtype for p in model.parameters() if p.requires_grad)
+    assert found[0] == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in found[1].items()}

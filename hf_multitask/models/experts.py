@@ -43,6 +43,9 @@ class _DispatchedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return `[N, H]` of tokens `[N, H]`, the experts `[N, k]` chosen for them, and their weights `[N, k]`."""
+        return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+
+    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         slots = top_k_index.flatten()
         order = slots.argsort(stable=True)
         counts = torch.bincount(slots, minlength=self.num_experts).tolist()
@@ -106,6 +109,13 @@ class Experts(_DispatchedExperts):
         if self.has_bias:
             self._stack("gate_up_proj_bias" if gated else "up_proj_bias", [product.bias for product in first])
             self._stack("down_proj_bias", [second.bias])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return `[N, H]` of tokens `[N, H]`, the experts `[N, k]` chosen for them, and their weights `[N, k]`."""
+        if hidden_states.dtype == torch.float64 and cast(Any, self.config)._experts_implementation == "grouped_mm":
+            # There is no grouped product in double precision.
+            return self._one_by_one(hidden_states, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
 
     @torch.no_grad()
     def _stack(self, name: str, parts: Sequence[Tensor]) -> None:

@@ -268,10 +268,11 @@ def test_each_token_gets_the_weighted_sum_of_its_chosen_experts(name, per_token)
         torch.testing.assert_close(output, total, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per_token", [1, 2])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "llama"])
-def test_implementations_of_experts_agree(name, per_token):
-    model, batch = make_model(name, num_experts=9, experts_per_token=per_token), make_batch()
+def test_implementations_of_experts_agree(name, per_token, dtype):
+    model, batch = make_model(name, num_experts=9, experts_per_token=per_token).to(dtype), make_batch()
     found = {}
     for implementation in ("eager", "grouped_mm", "batched_mm"):
         model.set_experts_implementation(implementation)
