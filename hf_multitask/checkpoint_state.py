@@ -20,6 +20,7 @@ STATE_NAME = "multitask_state.json"
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "run": (dict,),
+    "run_id": (str,),
     "rows_seen": (dict,),
     "skipped_steps": (int,),
     "skipped_in_a_row": (int,),

@@ -14,39 +14,39 @@ import inspect
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from .balanced_step import MultiTaskBalancing
 from .checkpoint_state import STATE_NAME, check_balancing, read_state
-from .data.sampling import follows_progress
+from .data.dataset import MultiTaskDataset
 from .data.streaming import StreamingMixture
+from .folder_lock import locked_together
 from .gap_sampling import MultiTaskGapSampling
 from .guard import LossGuard, nonfinite_saved_weights
 from .loading import make_sampler, total_steps
 from .models.limits import shown
 from .models.manifest import Recording, fault_in, saving
 from .models.saved_config import load_json
-from .models.task import Task
-from .models.weight_schedule import depends_on_length
+from .run_description import changes_optimizer, check_changes, compare_runs, describe_run, hash_rows, keep_settings
 from .training_args import MultiTaskTrainingArguments
 
 __all__ = [
     "STATE_NAME",
     "MultiTaskCheckpoints",
     "SaveAfterEvaluation",
-    "compare_runs",
     "delete_old_checkpoints",
-    "describe_run",
     "incompleteness",
     "last_complete_checkpoint",
     "read_state",
@@ -68,95 +68,6 @@ _SAVED = (
     *("chat_template.jinja", "processor_config.json", "training_args.bin"),
 )
 _IN_BACKGROUND = 2**30  # bytes of a checkpoint from which on it is hashed while training goes on: about a second
-_TASK_FIELDS = ("name", "type", "labels", "weight", "weight_schedule", "auxiliary", "label_smoothing", "max_length")
-# Strategies whose probabilities depend on how long the whole training is.
-_NEED_LENGTH = ("annealed", "unimax")
-
-
-def describe_run(
-    args: MultiTaskTrainingArguments,
-    tasks: Sequence[Task],
-    sizes: Mapping[str, int],
-    rows_per_batch: int,
-    steps: int,
-    max_length: int,
-) -> dict[str, Any]:
-    """Return what must stay the same when a run goes on from a checkpoint, as plain JSON types.
-
-    Args:
-        args: The training arguments.
-        tasks: The model's tasks.
-        sizes: Training rows by source.
-        rows_per_batch: Rows of a micro-batch on one process.
-        steps: Optimizer steps of the whole training.
-        max_length: Longest input in tokens, where a task sets none.
-    """
-    run = {
-        "tasks": [{key: task.to_dict()[key] for key in _TASK_FIELDS} for task in tasks],
-        "max_length": max_length,
-        "training rows": dict(sizes),
-        "task_sampling": args.task_sampling,
-        "task_sampling_kwargs": args.mixing_kwargs,
-        "batch_composition": args.batch_composition,
-        "loss_reduction": args.loss_reduction,
-        "seed of the rows": args.data_seed if args.data_seed is not None else args.seed,
-        "per_device_train_batch_size": rows_per_batch,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "number of processes": args.world_size,
-        "dataloader_drop_last": args.dataloader_drop_last,
-        "train_sampling_strategy": args.train_sampling_strategy,
-        "loss_weighting": _name(args.loss_weighting),
-        "loss_weighting_kwargs": args.weighting_kwargs,
-        "gradient_combination": _name(args.gradient_combination),
-        "gradient_combination_kwargs": args.combination_kwargs,
-        "auxiliary_gating": args.auxiliary_gating,
-        "combination_every": args.combination_every,
-        "gradient_memory": args.gradient_memory,
-    }
-    if args.auxiliary_gating is not None:
-        run["primary_task"] = args.primary_task
-    if follows_progress(args.task_sampling):
-        run["shares"] = "change with each step"  # in version 0.1.0 they changed with each epoch
-    if args.task_sampling in _NEED_LENGTH or any(depends_on_length(task.weight_schedule) for task in tasks):
-        run["steps of the whole training"] = steps
-    return json.loads(json.dumps(run))
-
-
-def _name(method: Any) -> str:
-    return method if isinstance(method, str) else type(method).__name__
-
-
-def compare_runs(checkpoint: str | Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run is the one a checkpoint was written by.
-
-    Raises:
-        ValueError: They differ; every difference is named.
-    """
-    differences = []
-    for key in dict.fromkeys([*saved, *now]):
-        before, after = saved.get(key), now.get(key)
-        if key == "tasks" and before != after:
-            differences += _compare_tasks(before or [], after or [])
-        elif before != after:
-            differences.append(f"{key}: {shown(before)} in the checkpoint, {shown(after)} now")
-    if differences:
-        raise ValueError(
-            f"cannot go on from {str(checkpoint)!r}, it is of another run:\n  "
-            + "\n  ".join(differences)
-            + "\nRun with what the checkpoint has, or start a new run from its weights: from_pretrained(checkpoint)."
-        )
-
-
-def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
-    old, new = [str(task["name"]) for task in before], [str(task["name"]) for task in after]
-    if old != new:
-        return [f"tasks: {', '.join(old)} in the checkpoint, {', '.join(new)} now"]
-    return [
-        f"task {a['name']!r}, {key}: {shown(a.get(key))} in the checkpoint, {shown(b.get(key))} now"
-        for a, b in zip(before, after, strict=True)
-        for key in dict.fromkeys([*_TASK_FIELDS, *a])
-        if a.get(key) != b.get(key)
-    ]
 
 
 def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None:
@@ -329,30 +240,60 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
 
     args: MultiTaskTrainingArguments
     train_dataset: Any
+    run_id: str = ""
     _preparing: dict[str, Any]
     _closing: Future | None = None  # of the last checkpoint, while it is hashed
     _deletes_checkpoints = False  # rather than `Trainer`
+    _allowed_changes: tuple[str, ...] = ()
+    _changes: Mapping[str, str] = {}  # of the arguments, since the checkpoint that training was resumed from
+    _row_hashes: tuple[Any, dict[str, str]] = (None, {})  # of which dataset
 
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
+        allow_changes: Sequence[str] = (),
     ) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last *good* checkpoint.
+        """Train; `resume_from_checkpoint=True` resumes from the last *good* checkpoint of this run.
 
         A checkpoint is good where it is complete and none of its files has changed since it was written. With `True`
-        others are passed over with a warning; one that is named is refused.
+        others, and those of other runs, are passed over with a warning; one that is named is refused.
+
+        While checkpoints are written the output folder is locked against other runs.
+
+        Args:
+            resume_from_checkpoint: As in `Trainer`.
+            trial: As in `Trainer`.
+            ignore_keys_for_eval: As in `Trainer`.
+            allow_changes: Arguments that may differ from those of the run that wrote the checkpoint, such as
+                `learning_rate`; they apply from the checkpoint on (see
+                [`hf_multitask.run_description.CHANGEABLE`]).
+
+        Raises:
+            ValueError: There is no checkpoint to resume from, or it is damaged or of another run.
+            FolderInUseError: Another run writes checkpoints to the output folder.
         """
+        if not self.tasks:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._allowed_changes = check_changes(allow_changes)
+        if self.args.save_strategy == SaveStrategy.NO:
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with locked_together(self._get_output_dir(trial), self.args.should_save):
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
         if self.tasks and resume_from_checkpoint is True:
             found, skipped = last_complete_checkpoint(
-                str(self.args.output_dir), self.args.world_size, self._fault_of_checkpoint
+                str(self.args.output_dir), self.args.world_size, partial(self._fault_of_checkpoint, same_run=True)
             )
             for folder, why in skipped.items():
-                logger.warning(f"checkpoint {folder} is not complete or has changed, and is passed over: {why}")
+                logger.warning(f"checkpoint {folder} cannot be resumed from and is passed over: {why}")
             if found is None:
                 reasons = "".join(f"\n  {folder}: {why}" for folder, why in skipped.items())
-                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir!r} to go on from{reasons}")
+                raise ValueError(
+                    f"there is no complete checkpoint of this run in {self.args.output_dir!r} to resume from{reasons}"
+                )
             resume_from_checkpoint = found
         elif self.tasks and isinstance(resume_from_checkpoint, (str, os.PathLike)):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
@@ -367,24 +308,56 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
         finally:
             self._finish_checkpoint()
 
-    def _fault_of_checkpoint(self, folder: str) -> str | None:
-        """Return why a checkpoint cannot be used; a collective call, in which one process of each machine reads it."""
+    def _fault_of_checkpoint(self, folder: str, same_run: bool = False) -> str | None:
+        """Return why a checkpoint cannot be used; a collective call, in which one process of each machine reads it.
+
+        Args:
+            folder: The checkpoint.
+            same_run: Whether a checkpoint of another run has a fault, too.
+        """
         folder = broadcast_object_list([folder])[0]
-        reads = self.args.local_process_index == 0
-        reasons = gather_object([incompleteness(folder, self.args.world_size) if reads else None])
-        return next((reason for reason in reasons if reason is not None), None)
+        reason = None
+        if self.args.local_process_index == 0:
+            reason = incompleteness(folder, self.args.world_size)
+            state = read_state(folder) if same_run and reason is None else None
+            if state is not None:
+                try:
+                    compare_runs(folder, state["run"], self._describe_run(), self._allowed_changes)
+                except ValueError as error:
+                    reason = str(error)
+        return next(filter(None, gather_object([reason])), None)
 
     def _describe_run(self) -> dict[str, Any]:
         sampler = make_sampler(self.args, self.train_dataset, self._train_batch_size)
         steps = total_steps(self.args, len(sampler) // self.args.gradient_accumulation_steps)
         sizes, length = self.train_dataset.sizes, self._preparing["max_length"]
-        run = describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length)
         model: Any = self.accelerator.unwrap_model(self.model)
+        rows = self._hash_training_rows()
+        run = describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length, model.config, rows)
         scheme = {key: getattr(model.config, key) for key in model.options() if key != "max_input_length"}
         run |= {"sharing": model.config.model_type, "options of the model": json.loads(json.dumps(scheme))}
         if self.gap_sampling is not None:
             run["single-task scores"] = self.gap_sampling.scores
         return run | {"streamed": isinstance(self.train_dataset, StreamingMixture)}
+
+    def _hash_training_rows(self) -> dict[str, str]:
+        """Return the hashes of the training rows by source; of streams, which cannot be read again, there are none."""
+        dataset, hashes = self._row_hashes
+        if dataset is not self.train_dataset:
+            hashes = hash_rows(self.train_dataset) if isinstance(self.train_dataset, MultiTaskDataset) else {}
+            self._row_hashes = self.train_dataset, hashes
+        return hashes
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states of optimizer and scheduler; settings that were changed on purpose stay the new ones."""
+        changes = bool(self.tasks and checkpoint) and changes_optimizer(self._changes)
+        if changes and self.is_deepspeed_enabled:
+            raise ValueError("allow_changes is not supported with DeepSpeed, which loads its optimizer by itself")
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        fresh, rates = [dict(group) for group in groups], list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if changes:
+            keep_settings(self.optimizer, self.lr_scheduler, fresh, rates)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights of a checkpoint, and what the sharing scheme saves beside them."""
@@ -498,8 +471,12 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             bound = inspect.signature(super()._init_training_state).bind(*args, **kwargs)
             checkpoint = bound.arguments.get("resume_from_checkpoint")
             state = read_state(checkpoint) if checkpoint else None
+            self._changes = {}
+            self.run_id = (state or {}).get("run_id") or broadcast_object_list([uuid.uuid4().hex])[0]
             if checkpoint and state is not None:
-                compare_runs(checkpoint, state["run"], self._describe_run())
+                self._changes = compare_runs(checkpoint, state["run"], self._describe_run(), self._allowed_changes)
+                if self._changes:
+                    logger.warning(f"resuming from {checkpoint} with changes: " + "; ".join(self._changes.values()))
             # What the texts were cut to in training is what a saved model cuts them to; it answers as it was trained.
             model: Any = self.accelerator.unwrap_model(self.model)
             model.config.max_input_length = self._preparing["max_length"]
@@ -542,6 +519,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             Path(output_dir, STREAMS_NAME.format(self.args.process_index)).write_text(json.dumps(state) + "\n")
         if self.tasks and self.args.should_save:
             state = {
+                "run_id": self.run_id,
                 "run": self._describe_run(),
                 "rows_seen": self.progress.rows_seen,
                 "skipped_steps": self.guard.skipped,

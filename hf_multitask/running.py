@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .data.row_hashes import hash_evaluated_rows
+from .folder_lock import locked_together
 from .metrics import default_metric_names, primary_metric
-from .recipe import Recipe, build, load_recipe
+from .recipe import Recipe, RecipeParts, build, load_recipe
+from .run_description import check_changes
 from .trainer import MultiTaskTrainer
 
 __all__ = ["format_table", "run_recipe", "train_recipe"]
@@ -20,7 +22,9 @@ __all__ = ["format_table", "run_recipe", "train_recipe"]
 _VERSIONS = ("hf_multitask", "torch", "transformers", "datasets", "accelerate")
 
 
-def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = False) -> str:
+def run_recipe(
+    path: str | Path, settings: Sequence[str] = (), resume: bool = False, allow_changes: Sequence[str] = ()
+) -> str:
     """Train a recipe and return the closing table (on the main process; elsewhere an empty text).
 
     The output folder gets the model, its tokenizer, the trainer's state, and `results.json`: the recipe as it was
@@ -30,31 +34,47 @@ def run_recipe(path: str | Path, settings: Sequence[str] = (), resume: bool = Fa
     Args:
         path: The recipe file.
         settings: `key=value` changes, see [`hf_multitask.recipe.load_recipe`].
-        resume: Go on from the last checkpoint in the output folder.
+        resume: Resume from the last checkpoint of this run in the output folder.
+        allow_changes: Training arguments that may differ from those of the checkpoint, see
+            [`hf_multitask.run_description.CHANGEABLE`].
 
     Raises:
-        ValueError: The recipe, its data or its arguments do not fit; nothing has been written then.
+        ValueError: The recipe, its data or its arguments do not fit, or the checkpoints in the folder are of another
+            run; nothing has been written then.
+        FolderInUseError: Another run is writing to the output folder.
     """
-    results, trainer = train_recipe(load_recipe(path, settings), resume)
+    results, trainer = train_recipe(load_recipe(path, settings), resume, allow_changes)
     if not trainer.is_world_process_zero():
         return ""
     return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"
 
 
-def train_recipe(recipe: Recipe, resume: bool | str = False) -> tuple[dict[str, Any], MultiTaskTrainer]:
+def train_recipe(
+    recipe: Recipe, resume: bool | str = False, allow_changes: Sequence[str] = ()
+) -> tuple[dict[str, Any], MultiTaskTrainer]:
     """Train a recipe, write what [`run_recipe`] writes, and return it.
 
     Args:
         recipe: The recipe.
-        resume: Go on from the last checkpoint in the output folder, or from the checkpoint of that name.
+        resume: Resume from the last checkpoint of this run in the output folder, or from the checkpoint of that name.
+        allow_changes: As in [`run_recipe`].
 
     Returns:
         What `results.json` holds (on every process), and the trainer after training.
 
     Raises:
         ValueError: The recipe's data or arguments do not fit; nothing has been written then.
+        FolderInUseError: Another run is writing to the output folder.
     """
+    allow_changes = check_changes(allow_changes)
     parts = build(recipe)
+    with locked_together(str(parts.args.output_dir), parts.args.should_save):
+        return _train_parts(recipe, parts, resume, allow_changes)
+
+
+def _train_parts(
+    recipe: Recipe, parts: RecipeParts, resume: bool | str, allow_changes: Sequence[str]
+) -> tuple[dict[str, Any], MultiTaskTrainer]:
     trainer = MultiTaskTrainer(
         model=parts.model,
         args=parts.args,
@@ -65,7 +85,8 @@ def train_recipe(recipe: Recipe, resume: bool | str = False) -> tuple[dict[str, 
     test = None
     if parts.datasets["test"]:
         test = trainer.prepare_datasets(parts.datasets["test"], "test", "test", complete=False)
-    outcome = trainer.train(resume_from_checkpoint=resume or parts.args.resume_from_checkpoint)
+    checkpoint = resume or parts.args.resume_from_checkpoint
+    outcome = trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
     trainer.save_model()
     trainer.save_state()
     metrics = final_metrics(trainer) if parts.datasets["validation"] else {}

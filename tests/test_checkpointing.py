@@ -140,12 +140,19 @@ def test_another_number_of_processes_is_refused(trained):
         make().train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
-def test_more_steps_are_a_continuation_unless_the_strategy_needs_the_length(
+def test_more_steps_are_a_continuation_unless_something_depends_on_the_length(
     trained, make_trainer, bert, tasks, tmp_path
 ):
     folder, make, _ = trained
+    with pytest.raises(ValueError, match="steps of the whole training: 6 in the checkpoint, 8 now(.|\n)*max_steps"):
+        make(max_steps=8).train(resume_from_checkpoint=str(folder / "checkpoint-6"))  # the rate falls to 0 in step 6
     trainer = make(max_steps=8)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"), allow_changes=["max_steps"])
+    assert trainer.state.global_step == 8
+    constant = dict(lr_scheduler_type="constant", output_dir=str(tmp_path / "constant"))
+    make(**constant).train()
+    trainer = make(max_steps=8, **constant)
+    trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 8
 
     def annealed(steps):

@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from transformers.utils import logging
 
+from ..folder_lock import locked_together
 from ..metrics import primary_direction, primary_metric
 from ..models.task import Task, closest
 from ..recipe import Recipe, RecipeParts, build, load_recipe, parse_overrides
@@ -78,6 +79,7 @@ def sweep_auxiliary(
         FileNotFoundError: There is no such recipe.
         ValueError: An argument, the recipe or its data does not fit, or the folder is of something else; nothing has
             been trained then.
+        FolderInUseError: Another sweep is writing to the folder.
 
     Example:
         >>> sweep = sweep_auxiliary("job.yaml", "lm", [0, 0.1, 0.2, 0.3], seeds=[0, 1, 2])  # doctest: +SKIP
@@ -100,32 +102,35 @@ def sweep_auxiliary(
     names = [task["name"] for task in base.tasks]
     sweep = {"recipe": base.name, "backbone": base.model["backbone"], "tasks": names, "auxiliary": auxiliary}
     _on_main(lambda: claim_folder(folder, sweep))
-    results: dict[tuple[float, int], dict[str, Any]] = {}
-    for seed in seeds:  # a whole curve first, its spread later
-        for weight in weights:
-            run = _variant(base, auxiliary, weight, seed, folder)
-            about = f"run {len(results) + 1} of {len(weights) * len(seeds)}: weight {weight:g}, seed {seed}"
-            results[weight, seed] = _finish_run(run, processes, about, say)
-    runs = []
-    for (weight, seed), found in results.items():
-        details = {key: value for key, value in found.items() if key != "recipe"}
-        runs.append(SweepRun(weight, seed, *_measure(found, auxiliary, primary), details))
-    versions = [run.details["versions"] for run in runs]
-    if any(one != versions[0] for one in versions) and PartialState().is_main_process:
-        logger.warning(f"the runs were made with different versions of libraries; {SWEEP_NAME} tells them run by run")
-    result = AuxiliarySweep(
-        auxiliary=auxiliary,
-        primary=primary,
-        metric="average" if primary is None else primary_metric(by_name[primary]),
-        auxiliary_metric=primary_metric(by_name[auxiliary]),
-        higher_is_better=higher_is_better,
-        runs=tuple(runs),
-        recipe=base.to_dict(),
-        versions=versions[-1],
-        sweep=sweep,
-    )
-    _on_main(lambda: write_json(folder / SWEEP_NAME, result.to_dict()))
-    return result
+    with locked_together(folder, PartialState().is_main_process):
+        results: dict[tuple[float, int], dict[str, Any]] = {}
+        for seed in seeds:  # a whole curve first, its spread later
+            for weight in weights:
+                run = _variant(base, auxiliary, weight, seed, folder)
+                about = f"run {len(results) + 1} of {len(weights) * len(seeds)}: weight {weight:g}, seed {seed}"
+                results[weight, seed] = _finish_run(run, processes, about, say)
+        runs = []
+        for (weight, seed), found in results.items():
+            details = {key: value for key, value in found.items() if key != "recipe"}
+            runs.append(SweepRun(weight, seed, *_measure(found, auxiliary, primary), details))
+        versions = [run.details["versions"] for run in runs]
+        if any(one != versions[0] for one in versions) and PartialState().is_main_process:
+            logger.warning(
+                f"the runs were made with different versions of libraries; {SWEEP_NAME} tells them run by run"
+            )
+        result = AuxiliarySweep(
+            auxiliary=auxiliary,
+            primary=primary,
+            metric="average" if primary is None else primary_metric(by_name[primary]),
+            auxiliary_metric=primary_metric(by_name[auxiliary]),
+            higher_is_better=higher_is_better,
+            runs=tuple(runs),
+            recipe=base.to_dict(),
+            versions=versions[-1],
+            sweep=sweep,
+        )
+        _on_main(lambda: write_json(folder / SWEEP_NAME, result.to_dict()))
+        return result
 
 
 def _check_weights(weights: Any) -> list[float]:

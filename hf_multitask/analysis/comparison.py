@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data.sampling import MIXING, mixing_probabilities
 from ..evaluation import check_compute_metrics
+from ..folder_lock import locked
 from ..generation import WRITTEN_METRICS
 from ..metrics import primary_direction, primary_metric
 from ..models.task import Task, TaskType, closest
@@ -77,6 +78,7 @@ def compare(
         FileNotFoundError: There is no such recipe.
         ValueError: An argument, the recipe or its data does not fit (nothing has been trained then), or a run folder
             is damaged or of other data.
+        FolderInUseError: Another comparison is writing to the folder.
 
     Example:
         >>> found = compare("job.yaml", seeds=[0, 1, 2], critical_tasks=["topic"])  # doctest: +SKIP
@@ -101,31 +103,34 @@ def compare(
     }
     first: list[Run] = []  # of the first seed: the multi-task run and the baselines
     options: dict[str, Any] = {"folder": folder / "runs", "compute_metrics": custom, "say": say}
-    for seed in seeds:
-        whole = planner.multi(seed)
-        multi = finish_run(whole, parts, **options)
-        alone = [planner.single(task, seed, multi.rows_seen[task.name], multi.steps) for task in tasks]
-        mixed = {name: finish_run(planner.multi(seed, name), parts, **options) for name in against}
-        first = first or [whole, *alone]
-        for task, run in zip(tasks, alone, strict=True):
-            runs["multi"][task.name].append(multi)
-            runs["single"][task.name].append(finish_run(run, parts, **options))
-            for name, found in mixed.items():
-                runs[name][task.name].append(found)
-    statistics = RunStatistics(tasks, runs, seeds, margin, resamples, confidence, custom)
-    result = Comparison(
-        tasks=statistics.tasks_against_baselines({run.task: run.budget for run in first if run.task and run.budget}),
-        seeds=seeds,
-        delta_m=statistics.delta_m(),
-        critical_tasks=critical,
-        cost={**_find_cost(first, parts, folder), "train_seconds": _train_seconds(runs)},
-        against={name: statistics.against(name) for name in against},
-        settings={"margin": margin, "confidence": confidence, "resamples": resamples},
-        recipe=base.to_dict(),
-        versions=first[0].content["versions"],
-    )
-    result.save(folder / _RESULT)
-    return result
+    with locked(folder):
+        for seed in seeds:
+            whole = planner.multi(seed)
+            multi = finish_run(whole, parts, **options)
+            alone = [planner.single(task, seed, multi.rows_seen[task.name], multi.steps) for task in tasks]
+            mixed = {name: finish_run(planner.multi(seed, name), parts, **options) for name in against}
+            first = first or [whole, *alone]
+            for task, run in zip(tasks, alone, strict=True):
+                runs["multi"][task.name].append(multi)
+                runs["single"][task.name].append(finish_run(run, parts, **options))
+                for name, found in mixed.items():
+                    runs[name][task.name].append(found)
+        statistics = RunStatistics(tasks, runs, seeds, margin, resamples, confidence, custom)
+        result = Comparison(
+            tasks=statistics.tasks_against_baselines(
+                {run.task: run.budget for run in first if run.task and run.budget}
+            ),
+            seeds=seeds,
+            delta_m=statistics.delta_m(),
+            critical_tasks=critical,
+            cost={**_find_cost(first, parts, folder), "train_seconds": _train_seconds(runs)},
+            against={name: statistics.against(name) for name in against},
+            settings={"margin": margin, "confidence": confidence, "resamples": resamples},
+            recipe=base.to_dict(),
+            versions=first[0].content["versions"],
+        )
+        result.save(folder / _RESULT)
+        return result
 
 
 def _check_numbers(seeds: Any, margin: float, resamples: int, confidence: float) -> tuple[int, ...]:

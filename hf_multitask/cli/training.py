@@ -17,14 +17,23 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     settings: Settings = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint of this run in the output folder.")
     ] = False,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changes",
+            metavar="NAME",
+            help="With --resume, a training argument that may differ from the checkpoint's, such as learning_rate; "
+            "may be given several times.",
+        ),
+    ] = None,
 ) -> None:
     """Train a recipe's model; write it, its metrics and results.json to the output folder."""
     with plain_errors():
         from ..running import run_recipe
 
-        if table := run_recipe(recipe, settings or [], resume=resume):
+        if table := run_recipe(recipe, settings or [], resume=resume, allow_changes=allow_changes or []):
             typer.echo(table)
 
 
