@@ -72,8 +72,9 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:
-            with suppress(OSError):
-                owner.unlink()  # first: once the lock is free, it is another run's
+            for path in (owner, place / LOCK_NAME):  # first: once the lock is free, they are another run's
+                with suppress(OSError):
+                    path.unlink()
         lock.release()
 
 

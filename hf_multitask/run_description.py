@@ -38,6 +38,7 @@ __all__ = [
 
 _LENGTH = "steps of the whole training"
 _OF_OPTIMIZER = ("learning_rate", "backbone_learning_rate", "head_learning_rate", "weight_decay")
+_GROUPING = ("backbone_learning_rate", "head_learning_rate")
 _OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", _LENGTH)
 
 # Arguments that decide where, how often and how fast, but not what comes out.
@@ -289,6 +290,10 @@ def compare_runs(
     permitted = {*allowed}
     if permitted & {"max_steps", "num_train_epochs"}:
         permitted.add(_LENGTH)
+    both = (saved.get("arguments", {}), now.get("arguments", {}))
+    # With or without a rate of their own, the optimizer's parameters are in other groups than in the checkpoint.
+    fixed = {name for name in _GROUPING if len({arguments.get(name) is None for arguments in both}) == 2}
+    permitted -= fixed
     differences: list[tuple[str, str]] = []
     older = "arguments" not in saved
     for key in dict.fromkeys([*saved, *now]):
@@ -303,7 +308,7 @@ def compare_runs(
             differences.append((key, f"{key}: {shown(before)} in the checkpoint, {shown(after)} now"))
     refused = [line for name, line in differences if name not in permitted]
     if refused:
-        names = [name for name, _ in differences if name in CHANGEABLE and name not in permitted]
+        names = [name for name, _ in differences if name in CHANGEABLE and name not in permitted | fixed]
         names += ["max_steps"] if any(name == _LENGTH and name not in permitted for name, _ in differences) else []
         only = len(names) == len(refused)
         change = f", or allow the change: allow_changes={names}" if names and only else ""

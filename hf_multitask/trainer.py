@@ -287,8 +287,12 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
+        allow_changes: Sequence[str] = (),
     ) -> Any:
         """Train as `Trainer` does, with the arguments as they are now.
+
+        `resume_from_checkpoint` and `allow_changes` are those of
+        [`hf_multitask.checkpointing.MultiTaskCheckpoints.train`].
 
         Arguments that are used at construction, such as `max_length`, `packing` or `primary_task`, have their effect
         too where a hyperparameter search, or an assignment to `trainer.args`, changed them.
@@ -299,7 +303,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self.neftune_noise_alpha = self.args.neftune_noise_alpha
             if self.model_init is None:
                 self._settle_again(self.accelerator.unwrap_model(self.model))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, allow_changes)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make a model, and settle what follows from it and from arguments that have changed since the last one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -186,3 +188,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             number = seen[name] = seen.get(name, -1) + 1
             if number % mark.args[0]:
                 item.add_marker(pytest.mark.slow)
+
+
+_HOLD = """
+import sys, time
+from hf_multitask.folder_lock import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """A function that lets another process take the lock of a folder, and returns the process."""
+    started = []
+
+    def hold(place):
+        process = subprocess.Popen([sys.executable, "-c", _HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.wait()

@@ -298,7 +298,7 @@ def test_checkpoints_are_deleted_by_step_not_by_the_time_of_their_folders(traine
     folder, make, expected = trained
     trainer = make(max_steps=8, save_total_limit=2)
     os.utime(folder / "checkpoint-2", (2**31, 2**31))  # as after an edit
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=True, allow_changes=["max_steps"])
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
     assert trainer.args.save_total_limit == 2
     assert torch.load(folder / "checkpoint-8" / "training_args.bin", weights_only=False).save_total_limit == 2

@@ -26,10 +26,11 @@ from transformers.utils import logging
 from hf_multitask import AutoModelForMultiTask, Task
 from hf_multitask.analysis.comparison_result import Comparison, TaskComparison
 from hf_multitask.analysis.report_reading import read_facts
-from hf_multitask.checkpointing import compare_runs, incompleteness, last_complete_checkpoint, read_state
+from hf_multitask.checkpointing import incompleteness, last_complete_checkpoint, read_state
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.models.manifest import MANIFEST_NAME
 from hf_multitask.recipe import load_recipe
+from hf_multitask.run_description import compare_runs
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 _COMMON = dict(

@@ -10,6 +10,9 @@ from datasets import Dataset
 from questions import question_datasets
 
 from hf_multitask import AutoModelForMultiTask
+from hf_multitask.analysis.auxiliary import sweep_auxiliary
+from hf_multitask.analysis.comparison import compare
+from hf_multitask.folder_lock import FolderInUseError
 from hf_multitask.prediction import Predictor
 from hf_multitask.recipe import build, load_recipe, load_splits
 from hf_multitask.running import run_recipe
@@ -196,3 +199,16 @@ def test_questions_and_choices_from_files(folder):
     assert set(results["next"]["validation"]) == {"accuracy", "loss"}
     model = AutoModelForMultiTask.from_pretrained(folder / "out")
     assert model.tasks[0].stride == 8 and model.tasks[1].choice_columns == ("choices",)
+
+
+def test_a_second_recipe_comparison_or_sweep_is_refused(other_process, folder):
+    job = folder / "job.yaml"
+    other_process(folder / "out")
+    with pytest.raises(FolderInUseError, match="out"):
+        run_recipe(job)
+    with pytest.raises(FolderInUseError, match="out"):
+        compare(job, output=folder / "out")
+    settings = ["tasks.strength.auxiliary=true"]
+    with pytest.raises(FolderInUseError, match="swept"):
+        other_process(folder / "swept")
+        sweep_auxiliary(job, "strength", [0, 0.5], settings=settings, output=folder / "swept")

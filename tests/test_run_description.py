@@ -48,14 +48,15 @@ OTHER_ARGUMENTS = {
 
 @pytest.mark.parametrize("name", OTHER_ARGUMENTS)
 @pytest.mark.sample(3)
-def test_an_argument_that_changes_results_is_named(trained, name):
+def test_an_argument_that_changes_results_is_named(trained, datasets, name):
     folder, make = trained
     value = OTHER_ARGUMENTS[name]
-    more = dict(eval_strategy="steps", eval_steps=2) if name == "load_best_model_at_end" else {}
+    judged = dict(evaluation=datasets, eval_strategy="steps", eval_steps=2)
+    more = judged if name == "load_best_model_at_end" else {}
     with pytest.raises(ValueError, match="of another run") as error:
         make(**{name: value}, **more).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert f"{name}: " in str(error.value) and "now" in str(error.value)
-    assert ("allow_changes" in str(error.value)) == (name in CHANGEABLE)
+    assert ("allow_changes" in str(error.value)) == (name in CHANGEABLE and name != "head_learning_rate")
 
 
 def test_each_argument_is_compared_unless_it_is_known_to_have_no_effect(tasks, tmp_path):
@@ -129,6 +130,7 @@ def test_what_has_no_effect_may_change(trained, tmp_path):
 
 def test_a_learning_rate_that_is_allowed_to_change_is_the_one_that_is_used(trained, caplog):
     folder, make = trained
+    make(head_learning_rate=0.001).train()
     trainer = make(learning_rate=0.25, head_learning_rate=0.5, weight_decay=0.125, logging_steps=1)
     changes = ["learning_rate", "head_learning_rate", "weight_decay"]
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"), allow_changes=changes)
@@ -137,6 +139,14 @@ def test_a_learning_rate_that_is_allowed_to_change_is_the_one_that_is_used(train
     assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.25, 0.5}
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.0, 0.125}
     assert all(state["step"] == 4 for state in trainer.optimizer.state.values())  # moments are the checkpoint's
+
+
+def test_a_rate_of_its_own_for_the_heads_cannot_come_or_go(trained):
+    folder, make = trained
+    with pytest.raises(ValueError, match="head_learning_rate: None in the checkpoint, 0.5 now"):
+        make(head_learning_rate=0.5).train(
+            resume_from_checkpoint=str(folder / "checkpoint-2"), allow_changes=["head_learning_rate"]
+        )
 
 
 def test_without_a_change_the_resumed_rate_is_the_checkpoints(trained):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpointing import last_complete_checkpoint
+from ..folder_lock import LOCK_NAME
 from ..recipe import Recipe
 
 __all__ = ["RunPlan", "begin_run", "claim_folder", "describe_run", "plan_run", "read_json", "write_json"]
@@ -136,8 +137,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Return whether a folder holds nothing but a description that was never finished."""
-    return all(path.name in (f"{_RUN_NAME}.new", f"{SWEEP_NAME}.new") for path in folder.iterdir())
+    """Return whether a folder holds nothing but a description that was never finished, and a lock."""
+    ignored = (f"{_RUN_NAME}.new", f"{SWEEP_NAME}.new", LOCK_NAME)
+    return all(path.name.startswith(ignored) for path in folder.iterdir())
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
