@@ -144,6 +144,7 @@ class CardFacts:
         tasks: Its tasks.
         backbone: Id of the backbone on the Hub.
         backbone_type: The backbone's `model_type`.
+        backbone_trained: Tensors of a frozen backbone that were trained all the same.
         parameters: Number of parameters.
         longest: Longest input in tokens.
         averages: By split, mean of the primary metrics.
@@ -169,6 +170,7 @@ class CardFacts:
     options: dict[str, Any] = field(default_factory=dict)
     backbone: str | None = None
     backbone_type: str | None = None
+    backbone_trained: int = 0
     parameters: int | None = None
     longest: int | None = None
     averages: dict[str, float] = field(default_factory=dict)

@@ -177,6 +177,11 @@ def limits_section(facts: CardFacts) -> str:
         lines.append(
             f"- Loading it loads the frozen backbone, too, and checks its weights: {code_span(facts.backbone)}."
         )
+    if facts.backbone_trained:
+        lines.append(
+            f"- {facts.backbone_trained} tensors of the backbone were trained with the rest and are saved with the "
+            "model, so its adapters alone, over the published backbone, compute something else."
+        )
     return "## Intended use and limits\n\n" + "\n".join(lines) if lines else ""
 
 

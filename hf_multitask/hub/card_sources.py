@@ -178,6 +178,7 @@ def _add_config(facts: CardFacts, config: MultiTaskConfig) -> None:
         with torch.device("meta"):
             facts.parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
     facts.backbone_type = config.backbone_config.model_type
+    facts.backbone_trained = len(getattr(config, "backbone_trained", None) or ())
     if facts.backbone is None:
         named = getattr(config, "backbone_name", None) or getattr(config.backbone_config, "_name_or_path", None)
         facts.backbone = None if is_local_folder(named) else hub_backbone(named)

@@ -46,7 +46,7 @@ class EndpointHandler:
 
 
 class RequestHandler:
-    """Answers requests with one model; calls from several threads take turns.
+    """Answers requests with one model; calls from several threads take turns, so that one batch at a time needs memory.
 
     Args:
         path: The model's folder, its tokenizer included, or a Hub id.

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ CONFIG_OPTIONS = (*HUB_OPTIONS, "gguf_file")
 
 # Families without a masked language model that read in both directions all the same, unless told to be decoders.
 _BIDIRECTIONAL = ("bert-generation", "cpmant", "xlnet")
+
+_QUIET = threading.RLock()  # the verbosity is the whole process's: two threads would restore each other's
 
 _ALIGNMENT = 64  # bytes; what torch gives to the tensors it allocates
 
@@ -145,12 +148,13 @@ def load_quietly(
 
     What a checkpoint has too much (a pooler, a head) is no news.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **options)
-    finally:
-        logging.set_verbosity(verbosity)
+    with _QUIET:
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            model, info = auto.from_pretrained(source, config=config, output_loading_info=True, **options)
+        finally:
+            logging.set_verbosity(verbosity)
     return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 

@@ -15,6 +15,7 @@ from test_schemes import KINDS, check_equal, make_batch, weights
 from transformers import AutoModel, TrainerCallback
 
 from hf_multitask import AutoModelForMultiTask, Task
+from hf_multitask.hub.model_card import write_model_card
 from hf_multitask.hub.push import prepare_push
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.models.base import MultiTaskModel
@@ -142,6 +143,17 @@ def test_exports_selections_and_pushes_have_it(kind, backbone, tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(Path(file.source).read_bytes())
     check_equal(AutoModelForMultiTask.from_pretrained(pushed)(**batch).logits, expected)
+
+
+def test_the_card_says_so(backbone, tmp_path):
+    model = make("adapter", backbone)
+    model.save_pretrained(tmp_path)
+    write_model_card(tmp_path, tmp_path / "README.md")
+    sentence = f"{len(trained_names(model))} tensors of the backbone were trained"
+    assert sentence in (tmp_path / "README.md").read_text()
+    make("adapter", backbone, ()).save_pretrained(tmp_path / "frozen")
+    write_model_card(tmp_path / "frozen", tmp_path / "frozen" / "README.md")
+    assert "tensors of the backbone" not in (tmp_path / "frozen" / "README.md").read_text()
 
 
 @pytest.mark.sample(3)
