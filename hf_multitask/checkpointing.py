@@ -501,11 +501,14 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
 
     def _take_tasks_of_trial(self) -> None:
         """Take over the tasks of a model that `model_init` made for a trial: their weights may be other ones."""
-        tasks = self.accelerator.unwrap_model(self.model).tasks
-        if [task.name for task in tasks] != [task.name for task in self.tasks]:
+        model = self.accelerator.unwrap_model(self.model)
+        tasks = model.tasks
+        changed = self.model_init is None and model.task_changes != self._task_changes
+        if changed or [task.name for task in tasks] != [task.name for task in self.tasks]:
+            cause = "add_task or remove_task changed the model, which has" if changed else "model_init made a model of"
             raise ValueError(
-                f"model_init made a model of the tasks {', '.join(task.name for task in tasks)}; "
-                f"the trainer was made for {', '.join(task.name for task in self.tasks)}"
+                f"{cause} the tasks {', '.join(task.name for task in tasks)}; the trainer was made for "
+                f"{', '.join(task.name for task in self.tasks)}: make a new trainer"
             )
         self.tasks = tasks
 

@@ -140,6 +140,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
         _check_peft(model)
         if isinstance(model, MultiTaskModel):
             self.tasks = decide_null_answers(model.tasks, given.get("train_dataset"))
+            self._task_changes = model.task_changes
         if self.tasks:
             self._init_arguments = {name: value for name, value in given.items() if name not in ("model", "args")}
             self._prepared_data: dict[str, Any] = {}  # how datasets were prepared, and the result

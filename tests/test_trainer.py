@@ -461,3 +461,25 @@ def test_group_by_length_trains_on_the_same_rows_in_another_order(model, make_tr
         trainer.train()
         seen.append(trainer.progress.rows_seen)
     assert seen[0] == seen[1] and rows[0] != rows[1]
+
+
+def test_a_trainer_made_before_tasks_were_changed_is_refused(tmp_path, model, datasets, tokenizer):
+    def make():
+        args = MultiTaskTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+        rows = {name: datasets[name] for name in {task.dataset for task in model.tasks}}
+        return MultiTaskTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+
+    last = model.tasks[-1]
+    trainer = make()
+    trainer.train()
+    model.remove_task(last.name)
+    with pytest.raises(
+        ValueError, match="changed the model, which has the tasks tone, strength, traits; .*new trainer"
+    ):
+        trainer.train()
+    model.add_task(last)  # by name the tasks are those of before; the parameters are not
+    with pytest.raises(ValueError, match="changed the model"):
+        trainer.train()
+    before = model.heads[last.name].layers[-1].weight.clone()
+    make().train()
+    assert not before.equal(model.heads[last.name].layers[-1].weight)

@@ -200,8 +200,9 @@ def _change_tasks(model: MultiTaskModel, tasks: Sequence[Task], added: Task | No
     if model.is_activation_checkpointing:
         result.activation_checkpointing_enable()
     result.name_or_path = model.name_or_path
+    changes = model.task_changes + 1
     vars(model).clear()
-    vars(model).update(vars(result))
+    vars(model).update(vars(result), task_changes=changes)
 
 
 def select_tasks(model: MultiTaskModel, names: Sequence[str]) -> MultiTaskModel:

@@ -53,6 +53,9 @@ class SharingScheme(PreTrainedModel, ABC):
     # Whether the backbone may be an encoder-decoder: whatever of it a task needs, all tasks share.
     supports_encoder_decoder: ClassVar[bool] = False
 
+    # How often tasks were added or removed: a trainer made before has other parameters.
+    task_changes: int = 0
+
     tasks: list[Task]
     heads: nn.ModuleDict
     backbone: PreTrainedModel
