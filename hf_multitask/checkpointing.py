@@ -111,7 +111,7 @@ def incompleteness(checkpoint: str | Path, num_processes: int = 1) -> str | None
     if not sharded and not any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
         return "optimizer.pt is missing"
     if not sharded and not any(folder.glob("*.safetensors")):
-        return "the weights are missing"
+        return "the weights are missing: there is no model.safetensors"
     fault = fault_in(folder, _LOADED)
     if fault is None and streaming:
         try:
@@ -382,7 +382,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
         """Raise ValueError where the weights of the best checkpoint are missing or have changed."""
         place = Path(folder)
         if not place.is_dir() or not any(place.rglob(kind) for kind in ("*.safetensors", "*.distcp", "*.pt", "*.bin")):
-            fault: str | None = "its weights are missing"
+            fault: str | None = "its weights are missing: there is no model.safetensors"
         else:
             fault = fault_in(folder, ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"))
         if fault is not None:

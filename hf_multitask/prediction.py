@@ -20,6 +20,7 @@ likely they are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from itertools import islice
@@ -35,7 +36,7 @@ from .generation import check_generation
 from .models.auto import AutoModelForMultiTask
 from .models.base import MultiTaskModel
 from .models.configuration import MultiTaskConfig
-from .models.manifest import check_named
+from .models.manifest import changed_files, check_named
 from .models.task import Task, TaskType, closest
 from .prediction_answers import find_entities, text_answer
 from .prediction_inputs import Reading, Text, check_options, read_input
@@ -68,6 +69,20 @@ def load_model(folder: str | Path) -> tuple[MultiTaskModel, Any]:
     return AutoModelForMultiTask.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
+def _warn_of_changes(tokenizer: Any) -> None:
+    """Warn where a tokenizer's files are not those that were saved with the model: people may have changed them."""
+    folder = str(getattr(tokenizer, "name_or_path", ""))
+    if not os.path.isdir(folder):
+        return
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    faults = changed_files(folder, [*names, *type(tokenizer).vocab_files_names.values()])
+    if faults:
+        logger.warning(
+            f"the tokenizer in {folder!r} is not the one that was saved with the model, so predictions may differ: "
+            f"{'; '.join(faults.values())}. If the change is meant, record it: hf-multitask manifest {folder}"
+        )
+
+
 class Predictor:
     """Predicts the tasks of a multi-task model for raw text.
 
@@ -93,6 +108,7 @@ class Predictor:
             raise ValueError(f"{type(tokenizer).__name__} has no offsets; a fast tokenizer is needed")
         check_tokenizer(tokenizer, model)
         check_options(max_length=(max_length, 1))
+        _warn_of_changes(tokenizer)
         self.model = model.eval()
         self.tokenizer = tokenizer
         # Words that nobody hid are not looked for.

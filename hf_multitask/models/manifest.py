@@ -212,10 +212,11 @@ def _fault(name: str, path: Path, entry: Mapping[str, Any] | None) -> str | None
         return f"{name} is missing ({entry['size']:,} bytes in {MANIFEST_NAME})"
     size = path.stat().st_size
     if size != entry["size"]:
-        return f"{name} has changed since it was saved: {size:,} bytes, not {entry['size']:,}"
+        return f"{name} has changed since it was saved: {size:,} bytes, not {entry['size']:,} as in {MANIFEST_NAME}"
     found = sha256_of(path)
     if found != entry["sha256"]:
-        return f"{name} has changed since it was saved: its SHA-256 is {found[:16]}..., not {entry['sha256'][:16]}..."
+        was = f"{entry['sha256'][:16]}... as in {MANIFEST_NAME}"
+        return f"{name} has changed since it was saved: its SHA-256 is {found[:16]}..., not {was}"
     return None
 
 

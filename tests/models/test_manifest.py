@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging as std_logging
 import os
 import subprocess
 import sys
@@ -15,12 +16,16 @@ from conftest import BACKBONES, make_tasks
 from test_schemes import FROZEN, KINDS, make_model
 from transformers import AutoModel
 from transformers.utils import logging
+from typer.testing import CliRunner
 
 from hf_multitask import AutoModelForMultiTask, HardSharingModel
+from hf_multitask.cli.app import app
 from hf_multitask.hub.code import write_code
+from hf_multitask.hub.push import prepare_push
 from hf_multitask.models import manifest
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.models.manifest import MANIFEST_NAME, changed_files, saving, sha256_of, write_manifest
+from hf_multitask.prediction import Predictor
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -302,3 +307,53 @@ def test_a_save_inside_a_save_writes_one_manifest_at_the_end(tmp_path):
     with saving(tmp_path / "other", writes=False):
         pass
     assert not (tmp_path / "other").exists()
+
+
+# ---- entrances ----
+
+
+def test_a_changed_tokenizer_is_told_of_and_used(tmp_path, tokenizer, caplog):
+    make_model("hard").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write_manifest(tmp_path, ["tokenizer.json", "tokenizer_config.json"])
+    std_logging.getLogger("transformers").propagate = True
+    std_logging.getLogger("hf_multitask").propagate = True
+    Predictor.from_pretrained(tmp_path)
+    assert "tokenizer_config.json" not in caplog.text
+    values = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values | {"model_max_length": 77}))
+    Predictor.from_pretrained(tmp_path)
+    assert "tokenizer_config.json has changed" in caplog.text
+
+
+def test_the_command_line_checks_and_records(tmp_path):
+    make_model("hard").save_pretrained(tmp_path)
+
+    def call(*words: str):
+        return CliRunner().invoke(app, ["manifest", str(tmp_path), *words])
+
+    assert call("--check").exit_code == 0 and "nothing has changed" in call().output
+    flip(tmp_path / "config.json")
+    checked = call("--check")
+    assert checked.exit_code == 1 and "config.json has changed" in checked.output
+    assert call().output == "recorded config.json\n" and call("--check").exit_code == 0
+    (tmp_path / MANIFEST_NAME).unlink()
+    assert "nothing to compare with" in call("--check").output
+
+
+def test_pushing_refuses_changed_files_and_records_what_it_changes(tmp_path):
+    make_model("hard").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("a card")
+    with prepare_push(tmp_path / "model", include_code=True, include_handler=True, repo_id="me/x") as plan:
+        for file in plan.files:
+            (tmp_path / "hub" / file.path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "hub" / file.path).write_bytes(file.source.read_bytes())
+    sent = recorded(tmp_path / "hub")
+    assert {"config.json", "model.safetensors", "hf_multitask_models/manifest.py"} < set(sent)
+    assert not {"README.md", "handler.py", MANIFEST_NAME} & set(sent) and not changed_files(tmp_path / "hub")
+    flip(tmp_path / "model" / "model.safetensors")
+    with (
+        pytest.raises(ValueError, match=r"model\.safetensors has changed"),
+        prepare_push(tmp_path / "model", repo_id="me/x"),
+    ):
+        pass
