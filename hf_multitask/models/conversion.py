@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .auto import SCHEMES, AutoModelForMultiTask
-from .backbone import CONFIG_OPTIONS, cast_parameters
+from .backbone import CONFIG_OPTIONS, cast_parameters, check_source
 from .base import MultiTaskModel
 from .configuration import MultiTaskConfig
 from .language_head import LanguageLayers, is_tied
@@ -68,7 +68,11 @@ def as_multi_task(source: Any, options: dict[str, Any]) -> MultiTaskModel | None
     Args:
         source: What `from_backbone` was given.
         options: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: It is neither a name nor a model.
     """
+    check_source(source)
     if isinstance(source, MultiTaskModel):
         return source
     if isinstance(source, nn.Module) or options.get("config") is not None:

@@ -106,6 +106,8 @@ def test_adapters_put_into_the_backbone_alone_are_found_too(make_trainer, tmp_pa
             make_trainer(model)
         with pytest.raises(ValueError, match=f"query' has an adapter of PEFT.*{ADVICE}"):
             model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"query' has an adapter of PEFT.*{ADVICE}"):
+            SCHEMES["conditioned"].from_backbone(model, make_tasks())
     merged = get_peft_model(model.backbone, lora()).merge_and_unload()
     assert merged is model.backbone
     make_trainer(model)
