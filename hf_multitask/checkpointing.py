@@ -406,6 +406,8 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             if self.args.should_save:
                 vocabularies = getattr(self.processing_class, "vocab_files_names", {})
                 recording.add_known([*_SAVED, *vocabularies.values()])
+                if self.run_id:
+                    recording.run = {"id": self.run_id, "rows_sha256": self._hash_training_rows()}
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -214,6 +214,8 @@ def files_of(checkpoint):
 
 def test_every_file_of_a_checkpoint_is_recorded(trained):
     folder, *_ = trained
+    runs = {json.dumps(json.loads((folder / f"checkpoint-{n}" / MANIFEST_NAME).read_text())["run"]) for n in (2, 4, 6)}
+    assert len(runs) == 1 and set(json.loads(runs.pop())["rows_sha256"]) == {"reviews", "traits", "names"}
     for step in (2, 4, 6):
         checkpoint = folder / f"checkpoint-{step}"
         manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
