@@ -239,7 +239,8 @@ def _prepare(
         check_something_left(prepared.data, encoder)
         encoder.check(prepared.data)
     except LabelError as error:
-        raise LabelError(f"{where}: {error}", error.task) from None
+        hint = "; to evaluate, rows need labels; to predict, they do not" if labels is True and split != "train" else ""
+        raise LabelError(f"{where}: {error}{hint}", error.task) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return prepared

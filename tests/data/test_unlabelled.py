@@ -80,7 +80,7 @@ def test_rows_without_labels_are_prepared_for_predictions_and_named(kind, nothin
     assert found.column_names == expected.column_names and found[:] == expected[:]
     (message,) = messages
     assert "dataset 'x' (test)" in message and "'x' is predicted without labels, and so without metrics" in message
-    with pytest.raises(LabelError, match=r"dataset 'x' \(test\): task 'x': "):
+    with pytest.raises(LabelError, match=r"dataset 'x' \(test\): task 'x': .*; to evaluate, rows need labels; to pred"):
         prepared(task, rows, True)
 
 
