@@ -34,7 +34,7 @@ from .data.dataset import MultiTaskDataset
 from .data.streaming import StreamingMixture
 from .folder_lock import locked_together
 from .gap_sampling import MultiTaskGapSampling
-from .guard import LossGuard, nonfinite_saved_weights
+from .guard import LossGuard, ends_together, nonfinite_saved_weights
 from .loading import make_sampler, total_steps
 from .models.limits import shown
 from .models.manifest import Recording, fault_in, saving
@@ -248,6 +248,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
     _changes: Mapping[str, str] = {}  # of the arguments, since the checkpoint that training was resumed from
     _row_hashes: tuple[Any, dict[str, str]] = (None, {})  # of which dataset
 
+    @ends_together
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,

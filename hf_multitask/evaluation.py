@@ -18,6 +18,7 @@ from .best_metric import average_metric
 from .data.dataset import MultiTaskDataset
 from .data.sources import Source, label_key
 from .data.span_answers import predict_answers
+from .guard import ends_together
 from .metrics import default_metric_names, greater_is_better, metric_function, primary_direction, primary_metric
 from .models.choice_head import ChoiceHead
 from .models.heads import IGNORE_INDEX
@@ -200,6 +201,7 @@ class MultiTaskEvaluation(TargetEvaluation):
     def prepare_datasets(self, datasets: Any, argument: str, split: str, **options: Any) -> MultiTaskDataset:
         """Check and tokenize datasets, by name."""
 
+    @ends_together
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -251,6 +253,7 @@ class MultiTaskEvaluation(TargetEvaluation):
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
+    @ends_together
     def predict(
         self,
         test_dataset: Any,

@@ -1,4 +1,4 @@
-"""Notice losses, gradients and weights that are NaN or infinite, before they do harm.
+"""Stop a run that went wrong: losses, gradients and weights that are NaN or infinite, and errors of other processes.
 
 Losses and the norm of the gradients are looked at before each optimizer step, weights before a checkpoint is written
 and at the end of training: a loss and a gradient can be finite and the step still be too large.
@@ -6,23 +6,36 @@ and at the end of training: a loss and a gradient can be finite and the step sti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.utils import logging
 
 __all__ = [
     "BadLoss",
     "LossGuard",
     "NonFiniteLossError",
+    "OtherProcessError",
     "any_process",
+    "ends_together",
     "nonfinite_gradients",
     "nonfinite_saved_weights",
     "nonfinite_weights",
 ]
+
+
+logger = logging.get_logger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -163,3 +176,140 @@ def nonfinite_saved_weights(folder: str | Path) -> str | None:
                 if not bool(torch.isfinite(file.get_tensor(name)).all()):
                     return name
     return None
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of a distributed run raised an error; the message names the process and the error."""
+
+
+_GRACE = 5.0  # seconds that a process that raises waits for the others to raise as well
+_PATIENCE = 20.0  # seconds that a process has to end by itself once another has raised
+_MOST_TEXT = 4000
+_episode = 0  # errors that all processes raised, and got over
+_together = False
+
+
+def ends_together(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an error on one process end a trainer's method on all of them, with that error, within a minute.
+
+    Otherwise the others would wait in their next collective operation for a process that never comes, half an hour by
+    default, if the caller catches the error or nobody ends them.
+
+    - A process that raises tells the others in the store of the process group. If all raise, each keeps its own error.
+      If it ends, its connections close, which wakes the others: they raise [`OtherProcessError`].
+    - If it stays (the caller caught the error), nothing wakes them. So a thread on each process asks the store once a
+      second. Where another process has raised and this one has not ended by itself 20 seconds later, it aborts its
+      process groups, which wakes it with some backends (NCCL), and after 20 more it logs the error and ends the
+      process with exit status 1.
+
+    The trainer needs `args` and `tasks`; without tasks, or with one process, nothing is done.
+    """
+
+    @wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.tasks or self.args.world_size == 1 or _together or not dist.is_initialized():
+            return method(self, *args, **kwargs)
+        with _ending_together(self.args.process_index, self.args.world_size):
+            return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+@contextmanager
+def _ending_together(rank: int, num_processes: int) -> Iterator[None]:
+    global _episode, _together
+    errors = _SharedErrors(rank, num_processes, _episode)
+    errors.watch()
+    _together = True
+    try:
+        yield
+    except BaseException as error:
+        errors.stop_watching()
+        cause = errors.first_other() if _is_of_connections(error) else None
+        errors.tell(error)
+        if errors.all_told(_GRACE):
+            _episode += 1
+        if cause is None and _is_of_connections(error):
+            cause = errors.first_other()  # the connections may be faster than the store
+        if cause is not None:
+            raise OtherProcessError(cause) from error
+        raise
+    finally:
+        errors.stop_watching()
+        _together = False
+
+
+def _is_of_connections(error: BaseException) -> bool:
+    """Return whether an error comes of connections to other processes, and so may be the consequence of another."""
+    text = str(error)
+    words = ("gloo", "NCCL", "Connection", "connection", "process group", "ProcessGroup", "aborted")
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in text for w in words))
+
+
+def _abort_process_groups() -> None:
+    """Abort what waits for other processes, with the backends that can: a wait raises an error then."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with suppress(Exception):
+            group.abort()
+
+
+class _SharedErrors:
+    """What processes tell each other of their errors, in the store of the process group."""
+
+    def __init__(self, rank: int, num_processes: int, episode: int) -> None:
+        self._rank, self._processes = rank, num_processes
+        self._keys = [f"hf_multitask/error/{episode}/{number}" for number in range(num_processes)]
+        self._any = f"hf_multitask/error/{episode}/any"
+        # A store of its own: the other one may be held by an operation that waits.
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = store.clone()
+        self._done = threading.Event()
+        self._known: str | None = None
+
+    def tell(self, error: BaseException) -> None:
+        text = f"process {self._rank} raised {type(error).__name__}: {error}"
+        with suppress(Exception):  # the process that holds the store may have ended
+            self._store.set(self._keys[self._rank], text[:_MOST_TEXT])
+            self._store.set(self._any, str(self._rank))
+
+    def all_told(self, seconds: float) -> bool:
+        """Return whether every process raises, after waiting for it."""
+        end = time.monotonic() + seconds
+        with suppress(Exception):
+            while time.monotonic() < end:
+                if self._store.check(self._keys):
+                    return True
+                time.sleep(0.05)
+        return False
+
+    def first_other(self) -> str | None:
+        """Return the error that another process has raised, or None."""
+        if self._known is not None:  # the store may have ended with the process that holds it
+            return self._known
+        with suppress(Exception):
+            if self._store.check([self._any]):
+                for rank, key in enumerate(self._keys):
+                    if rank != self._rank and self._store.check([key]):
+                        self._known = self._store.get(key).decode()
+                        break
+        return self._known
+
+    def watch(self) -> None:
+        threading.Thread(target=self._watch, name="errors of other processes", daemon=True).start()
+
+    def stop_watching(self) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        while not self._done.wait(1.0):
+            error = self.first_other()
+            if error is None:
+                continue
+            if not self._done.wait(_PATIENCE):
+                _abort_process_groups()
+            if not self._done.wait(_PATIENCE):
+                logger.error(f"{error}. This process, {self._rank}, waits for it and is ended.")
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(1)
+            return
