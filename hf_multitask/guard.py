@@ -262,7 +262,7 @@ class _SharedErrors:
         self._any = f"hf_multitask/error/{episode}/any"
         # A store of its own: the other one may be held by an operation that waits.
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store = store.clone()
+        self._store = store.clone() if hasattr(store, "clone") else store  # an older torch has none
         self._done = threading.Event()
         self._known: str | None = None
 

@@ -60,8 +60,8 @@ def check(result: dict) -> None:
         assert ERROR.format(failed) in result["texts"][1 - failed], result["texts"]
     else:
         assert other["error"] == f"OtherProcessError: {ERROR.format(failed)}", result
-    # Patience is 2 x 1 second here in place of 2 x 20, so that 60 seconds are kept where it takes 20 here.
-    assert result["seconds"] < 20, result["case"]
+    # Patience is 2 x 1 second here in place of 2 x 20; the rest is for a machine that is busy.
+    assert result["seconds"] < 60, result["case"]
 
 
 @pytest.mark.parametrize(
