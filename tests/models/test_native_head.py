@@ -224,9 +224,11 @@ def test_a_classifier_that_no_task_has_a_place_for_is_reported(log):
     assert "native" not in log.text
 
 
-def test_a_classifier_of_tokens_is_not_taken_for_one_of_texts(log):
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_classifier_of_tokens_is_not_taken_for_one_of_texts(tmp_path, saved, log):
     plain = plain_model("TOKEN_CLASSIFICATION", "bert")
-    model = HardSharingModel.from_backbone(plain, [native("one")])
+    plain.save_pretrained(tmp_path)
+    model = HardSharingModel.from_backbone(str(tmp_path) if saved else plain, [native("one")])
     assert not torch.equal(model.heads["one"].layers.native.classifier.weight, plain.classifier.weight)
     assert "BertForTokenClassification" in log.text
 
