@@ -245,6 +245,7 @@ class MultiTaskBalancing(Trainer):
 
     @loss_is_scaled_for_ga.setter
     def loss_is_scaled_for_ga(self, value: bool | None) -> None:
+        """Declare it."""
         self._scaled_is_declared = value
 
     def compute_loss(
