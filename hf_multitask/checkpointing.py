@@ -231,7 +231,12 @@ class SaveAfterEvaluation(TrainerCallback):
             control.should_save, self._waits = False, True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save what was put off."""
+        """Save what was put off, and do not repeat an evaluation that the checkpoint resumed from ended with."""
+        if args.eval_strategy == IntervalStrategy.EPOCH and any(
+            line.get("step") == state.global_step and any(key.startswith("eval_") for key in line)
+            for line in state.log_history
+        ):
+            control.should_evaluate = False
         control.should_save, self._waits = control.should_save or self._waits, False
 
 

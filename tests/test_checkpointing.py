@@ -192,6 +192,22 @@ def test_a_run_that_was_through_is_not_trained_further(make_trainer, bert, tasks
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
 
 
+def test_a_run_that_was_through_is_not_evaluated_again(make_trainer, bert, tasks, datasets, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = HardSharingModel.from_backbone(bert, tasks)
+        options = dict(max_steps=3, save_strategy="steps", save_steps=1, eval_strategy="epoch")
+        return make_trainer(model, None, datasets, output_dir=str(tmp_path / "through"), **options)
+
+    def evaluations(trainer):
+        return [line["step"] for line in trainer.state.log_history if "eval_average" in line]
+
+    whole, again = make(), make()
+    whole.train()
+    again.train(resume_from_checkpoint=True)
+    assert evaluations(whole) == evaluations(again) == [3]
+
+
 def test_save_only_model_leaves_no_state_to_resume_from(make_trainer, model, tmp_path):
     trainer = make_trainer(model, save_strategy="steps", save_steps=4, save_only_model=True)
     trainer.train()
