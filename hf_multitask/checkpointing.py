@@ -39,7 +39,15 @@ from .loading import make_sampler, total_steps
 from .models.limits import shown
 from .models.manifest import Recording, fault_in, saving
 from .models.saved_config import load_json
-from .run_description import changes_optimizer, check_changes, compare_runs, describe_run, hash_rows, keep_settings
+from .run_description import (
+    changes_optimizer,
+    check_changes,
+    compare_runs,
+    describe_given,
+    describe_run,
+    hash_rows,
+    keep_settings,
+)
 from .training_args import MultiTaskTrainingArguments
 
 __all__ = [
@@ -247,6 +255,8 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
     train_dataset: Any
     run_id: str = ""
     _preparing: dict[str, Any]
+    _given_optimizers: tuple[Any, Any] = (None, None)  # and schedule
+    _best_before: str | None = None  # the best checkpoint before the one that is being written
     _closing: Future | None = None  # of the last checkpoint, while it is hashed
     _deletes_checkpoints = False  # rather than `Trainer`
     _allowed_changes: tuple[str, ...] = ()
@@ -338,10 +348,11 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
         steps = total_steps(self.args, len(sampler) // self.args.gradient_accumulation_steps)
         sizes, length = self.train_dataset.sizes, self._preparing["max_length"]
         model: Any = self.accelerator.unwrap_model(self.model)
-        rows = self._hash_training_rows()
+        rows = self._hash_training_rows() or self.train_dataset.first_row_hashes()
         run = describe_run(self.args, self.tasks, sizes, self._train_batch_size, steps, length, model.config, rows)
         scheme = {key: getattr(model.config, key) for key in model.options() if key != "max_input_length"}
         run |= {"sharing": model.config.model_type, "options of the model": json.loads(json.dumps(scheme))}
+        run["given to the trainer"] = describe_given(self.data_collator, *self._given_optimizers)
         if self.gap_sampling is not None:
             run["single-task scores"] = self.gap_sampling.scores
         return run | {"streamed": isinstance(self.train_dataset, StreamingMixture)}
@@ -428,6 +439,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             super()._save_checkpoint(model, trial)
             return
         self._finish_checkpoint()
+        self._best_before = self.state.best_model_checkpoint
         step, run_folder = self.state.global_step, str(self._get_output_dir(trial))
         limit = self.args.save_total_limit
 
@@ -455,6 +467,21 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             finally:
                 self._deletes_checkpoints = False
                 self.args.save_total_limit = limit
+
+    def _keep_own_best(self) -> None:
+        """Take back a best checkpoint that an earlier run left in the folder.
+
+        `Trainer` takes the folder of the best step where there is one, even if this run saved nothing at that step.
+        """
+        best = self.state.best_model_checkpoint
+        if best is None or best == self._best_before or Path(best).name == f"checkpoint-{self.state.global_step}":
+            return
+        try:
+            run_id = (read_state(best) or {}).get("run_id")
+        except ValueError:
+            run_id = None
+        if run_id != self.run_id:
+            self.state.best_model_checkpoint = self._best_before
 
     def _somebody_takes_checkpoints(self) -> bool:
         """Return whether a callback of the user's is told of a checkpoint, and may copy it at once."""
@@ -523,6 +550,8 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random state and ours, before `Trainer` closes the checkpoint with its own state."""
         super()._save_rng_state(output_dir)
+        if self.tasks:
+            self._keep_own_best()
         streaming = isinstance(self.train_dataset, StreamingMixture)
         if self.tasks and streaming:
             batches = self.state.global_step * self.args.gradient_accumulation_steps

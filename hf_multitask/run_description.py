@@ -31,6 +31,7 @@ __all__ = [
     "WITHOUT_EFFECT",
     "check_changes",
     "compare_runs",
+    "describe_given",
     "describe_run",
     "hash_rows",
     "keep_settings",
@@ -47,30 +48,31 @@ WITHOUT_EFFECT = frozenset(
     output_dir logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
     include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
     trackio_bucket_id trackio_static_space_id per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
-    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics save_only_model save_strategy
-    save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics save_only_model
+    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo
     hub_model_id hub_strategy hub_always_push hub_revision hub_include_code restore_callback_states_from_checkpoint
     use_cpu dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context remove_unused_columns label_names length_column_name
-    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-    fsdp_config deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank
+    ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    deepspeed debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank
     auto_find_batch_size torch_empty_cache_steps activation_checkpointing activation_checkpointing_kwargs
-    gradient_checkpointing gradient_checkpointing_kwargs use_cache parallelism_config accelerator_config
-    dataset_num_proc conflict_logging_steps predict_with_generate max_eval_samples dataset_sizes
+    gradient_checkpointing gradient_checkpointing_kwargs use_cache
+    dataset_num_proc conflict_logging_steps dataset_sizes
     """.split()
 )
 
+# An evaluation draws from the random state, like all that is loaded: when there is one decides the dropout after it.
+_OF_EVALUATION = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "load_best_model_at_end")
 # They decide which checkpoint is kept, or feed `performance_gap` sampling; otherwise nothing depends on them.
-_OF_EVALUATION = (
-    "eval_strategy",
-    "eval_steps",
-    "eval_delay",
-    "eval_on_start",
+_OF_JUDGING = (
+    "max_eval_samples",
+    "predict_with_generate",
     "metric_for_best_model",
     "greater_is_better",
-    "load_best_model_at_end",
     "primary_task",
 )
+# They decide which checkpoints there are to choose the best of.
+_OF_SAVING = ("save_strategy", "save_steps")
 # In the description by other names, or as they are resolved.
 _DESCRIBED = frozenset(
     """
@@ -97,10 +99,13 @@ CHANGEABLE = (
     "torch_compile_backend",
     "torch_compile_mode",
     *_OF_EVALUATION,
+    *_OF_JUDGING,
+    *_OF_SAVING,
 )
 """Arguments that a resumed run may change when it is told to; all of them apply from the checkpoint on."""
 
-_TASK_FIELDS = ("name", "type", "labels", "weight", "weight_schedule", "auxiliary", "label_smoothing", "max_length")
+# Of a task, what nothing but its evaluation depends on, or what is resolved from the rows.
+_NOT_OF_TRAINING = frozenset({"metric", "greater_is_better", "generation", "max_answer_length", "null_answers"})
 # Strategies whose probabilities depend on how long the whole training is.
 _NEED_LENGTH = ("annealed", "unimax")
 _WITHOUT_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
@@ -136,7 +141,9 @@ def describe_run(
         rows: Hashes of the training rows by source, from [`hash_rows`].
     """
     run: dict[str, Any] = {
-        "tasks": [{key: task.to_dict()[key] for key in _TASK_FIELDS} for task in tasks],
+        "tasks": [
+            {key: value for key, value in task.to_dict().items() if key not in _NOT_OF_TRAINING} for task in tasks
+        ],
         "max_length": max_length,
         "training rows": dict(sizes),
         "task_sampling": args.task_sampling,
@@ -182,7 +189,8 @@ def _depends_on_length(args: MultiTaskTrainingArguments) -> bool:
 def _arguments(args: MultiTaskTrainingArguments) -> dict[str, Any]:
     """Return the arguments that can change results and are not described elsewhere."""
     judged = args.load_best_model_at_end or args.task_sampling == "performance_gap"
-    left_out = WITHOUT_EFFECT | _DESCRIBED | (frozenset() if judged else {*_OF_EVALUATION} - {"load_best_model_at_end"})
+    left_out = WITHOUT_EFFECT | _DESCRIBED | (set() if judged else {*_OF_JUDGING})
+    left_out |= set() if args.load_best_model_at_end else {*_OF_SAVING}
     return {key: value for key, value in args.to_dict().items() if key not in left_out and not key.startswith("_")}
 
 
@@ -348,11 +356,40 @@ def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) ->
     if old != new:
         return [f"tasks: {', '.join(old)} in the checkpoint, {', '.join(new)} now"]
     return [
-        f"task {a['name']!r}, {key}: {shown(a.get(key))} in the checkpoint, {shown(b.get(key))} now"
+        f"task {a['name']!r}, {key}: {shown(a[key])} in the checkpoint, {shown(b[key])} now"
         for a, b in zip(before, after, strict=True)
-        for key in dict.fromkeys([*_TASK_FIELDS, *a])
-        if a.get(key) != b.get(key)
+        for key in b
+        if key in a and a[key] != b[key]  # version 0.1.0 wrote fewer fields
     ]
+
+
+# ---- what the user gave to the trainer ----
+
+
+def describe_given(collator: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Return what can be told of a collator, and of an optimizer and a schedule of the user's own: class and settings.
+
+    Args:
+        collator: The collator; its public attributes that are plain values are its settings.
+        optimizer: The optimizer that the trainer was given, or None.
+        scheduler: Its schedule, or None.
+    """
+    given: dict[str, Any] = {"collator": {"class": type(collator).__qualname__, **_plain(vars(collator))}}
+    if optimizer is not None:
+        given["optimizer"] = {"class": type(optimizer).__qualname__, **_plain(getattr(optimizer, "defaults", {}))}
+    if scheduler is not None:
+        given["scheduler"] = {"class": type(scheduler).__qualname__}
+    return given
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = (str, int, float, bool, type(None))
+    found = {}
+    for key, value in values.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if not key.startswith("_") and all(isinstance(part, kinds) for part in parts):
+            found[key] = list(parts) if isinstance(value, (list, tuple)) else value
+    return found
 
 
 def changes_optimizer(changes: Iterable[str]) -> bool:

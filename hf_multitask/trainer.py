@@ -189,6 +189,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             "seed": args.data_seed if args.data_seed is not None else args.seed,
         }
         self._most_rows = args.max_eval_samples
+        self._given_optimizers = given.get("optimizers") or (None, None)
         for task in self.tasks:
             longest_input(tokenizer, model, task.max_length, f"task {task.name!r}: ")
         self._metrics: dict[str, Any] = check_compute_metrics(given.get("compute_metrics"), self.tasks)

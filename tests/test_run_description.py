@@ -13,7 +13,16 @@ from datasets import concatenate_datasets
 
 from hf_multitask import HardSharingModel, MultiTaskTrainingArguments
 from hf_multitask.data.dataset import MultiTaskDataset
-from hf_multitask.run_description import _DESCRIBED, CHANGEABLE, WITHOUT_EFFECT, check_changes, describe_run, hash_rows
+from hf_multitask.run_description import (
+    _DESCRIBED,
+    _NOT_OF_TRAINING,
+    CHANGEABLE,
+    WITHOUT_EFFECT,
+    check_changes,
+    compare_runs,
+    describe_run,
+    hash_rows,
+)
 
 
 @pytest.fixture
@@ -43,6 +52,8 @@ OTHER_ARGUMENTS = {
     "full_determinism": True,
     "neftune_noise_alpha": 2.0,
     "load_best_model_at_end": True,
+    "eval_delay": 1,
+    "ddp_bucket_cap_mb": 3,
 }
 
 
@@ -208,3 +219,71 @@ def test_a_checkpoint_without_the_newer_facts_is_resumed(trained):
     make().train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     with pytest.raises(ValueError, match="task_sampling"):
         make(task_sampling="uniform").train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+OTHER_TASKS = {"head_dropout": 0.5, "pooling": "last", "text_columns": ("text",), "head": "linear"}
+
+
+@pytest.mark.parametrize("name", OTHER_TASKS)
+def test_every_field_of_a_task_that_training_reads_is_compared(tasks, tmp_path, name):
+    """Those of a coming version, too: what is left out is named, not what is compared."""
+    args = MultiTaskTrainingArguments(str(tmp_path))
+    task = dataclasses.replace(tasks[0], text_columns=("title",))
+    saved = describe_run(args, [task], {}, 8, 10, 64)
+    assert set(saved["tasks"][0]) == {field.name for field in dataclasses.fields(task)} - _NOT_OF_TRAINING
+    now = describe_run(args, [dataclasses.replace(task, **{name: OTHER_TASKS[name]})], {}, 8, 10, 64)
+    with pytest.raises(ValueError, match=f"task 'tone', {name}: "):
+        compare_runs("checkpoint-2", saved, now)
+
+
+@pytest.mark.parametrize("name", ["max_eval_samples", "save_steps", "predict_with_generate"])
+def test_what_decides_the_best_checkpoint_is_compared_where_it_is_chosen(tasks, tmp_path, name):
+    def describe(best, **changes):
+        chosen = dict(load_best_model_at_end=best, eval_strategy="steps", eval_steps=2, save_steps=2)
+        return describe_run(MultiTaskTrainingArguments(str(tmp_path), **{**chosen, **changes}), tasks, {}, 8, 10, 64)
+
+    other = {name: 4}
+    with pytest.raises(ValueError, match=f"{name}: "):
+        compare_runs("checkpoint-2", describe(True), describe(True, **other))
+    assert compare_runs("checkpoint-2", describe(False), describe(False, **other)) == {}
+
+
+def test_a_collator_and_an_optimizer_of_ones_own_are_compared(make_trainer, model):
+    def describe(rate=None, multiple=None):
+        given = {}
+        if rate is not None:
+            given["optimizers"] = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=rate), None)
+        if multiple is not None:
+            trainer = make_trainer(model)
+            given["data_collator"] = trainer.data_collator
+            given["data_collator"].pad_to_multiple_of = multiple
+        return make_trainer(model, trainer_kwargs=given)._describe_run()
+
+    assert compare_runs("checkpoint-2", describe(0.5), describe(0.5)) == {}
+    for saved, now in ((describe(0.5), describe(0.25)), (describe(), describe(0.5)), (describe(), describe(None, 8))):
+        with pytest.raises(ValueError, match="given to the trainer"):
+            compare_runs("checkpoint-2", saved, now)
+
+
+def test_the_first_rows_of_a_stream_are_compared(make_trainer, model, datasets):
+    def describe(rows):
+        streams = {name: part.to_iterable_dataset() for name, part in {**datasets, "reviews": rows}.items()}
+        sizes = {name: len(part) for name, part in datasets.items()}
+        return make_trainer(model, streams, dataset_sizes=sizes)._describe_run()
+
+    saved, reviews = describe(datasets["reviews"]), datasets["reviews"]
+    assert compare_runs("checkpoint-2", saved, describe(reviews)) == {}
+    with pytest.raises(ValueError, match="training rows of 'reviews"):
+        compare_runs("checkpoint-2", saved, describe(OTHER_ROWS["with another label"](reviews)))
+
+
+def test_the_best_checkpoint_is_never_one_that_an_earlier_run_left(trained, datasets):
+    """At the best step this run saves nothing, but an earlier run has left a checkpoint of that step."""
+    folder, make = trained
+    judged = dict(evaluation=datasets, eval_strategy="steps", eval_steps=2, max_steps=4, save_steps=4)
+    trainer = make(**judged, learning_rate=0.0, load_best_model_at_end=True)  # the first evaluation stays the best
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert Path(str(trainer.state.best_model_checkpoint)).name != "checkpoint-2"
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..folder_lock import locked
 from ..recipe import Recipe, RecipeParts, build, load_recipe
 from ..training_args import MultiTaskTrainingArguments
 from .affinity import AffinityTrainer, check_method, measured_tasks
@@ -86,7 +88,8 @@ def group_tasks(
     check_most(groups, len(tasks) - len(helpers))
     if not parts.datasets.get("train"):
         raise ValueError("there is no training data: the parts' datasets['train'] is empty")
-    with tempfile.TemporaryDirectory() as scratch:
+    in_use = contextlib.nullcontext() if folder is None else locked(folder)
+    with in_use, tempfile.TemporaryDirectory() as scratch:
         trainer = AffinityTrainer(
             model=parts.model,
             args=_quiet(parts.args, steps, scratch),

@@ -10,6 +10,8 @@ to where they were. Either way no row is read twice in a pass, and none is left 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +92,7 @@ class Stream:
         where: Dataset and split, for messages.
         num_processes: Number of processes.
         process_index: Rank of this process.
+        first_rows: The hash of its first rows, prepared.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Stream:
         where: str,
         num_processes: int = 1,
         process_index: int = 0,
+        first_rows: str = "",
     ) -> None:
         self.source = source
         self.encoder = encoder
@@ -111,6 +115,7 @@ class Stream:
         self._has_buffer = any("BufferShuffled" in type(step).__name__ for step in steps)
         generators = [step.generator for step in steps if hasattr(step, "generator")]
         self._seen = self._cut = 0
+        self.first_rows = first_rows
         self.shuffle_key = zlib.crc32(repr([generator.bit_generator.state for generator in generators]).encode())
         self.restart()
 
@@ -198,6 +203,10 @@ def _plain(state: Any) -> Any:
     return state
 
 
+def _to_list(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
 class StreamSampler(MultiTaskBatchSampler):
     """The schedule for streams: batches of the numbers of sources. Which row comes is the stream's to say."""
 
@@ -226,6 +235,10 @@ class StreamingMixture(torch.utils.data.Dataset):
         self.sizes = dict(sizes)
         self._remembered = remembered
         self.restart()
+
+    def first_row_hashes(self) -> dict[str, str]:
+        """Return, by source, the SHA-256 of its first rows; of the others nothing is known before they are read."""
+        return {stream.source.name: stream.first_rows for stream in self.streams}
 
     def __len__(self) -> int:
         """Return the rows of all sources, as far as they are known."""
@@ -338,5 +351,6 @@ def prepare_streams(
             encoder.check_cut(encoder.cut_targets(found), len(first), 100)  # one by itself says nothing
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        streams.append(Stream(source, dataset, encoder, where, num_processes, process_index))
+        hashed = hashlib.sha256(json.dumps(_plain(found), sort_keys=True, default=_to_list).encode()).hexdigest()
+        streams.append(Stream(source, dataset, encoder, where, num_processes, process_index, hashed))
     return StreamingMixture(streams, {source.name: sizes[source.dataset] for source in sources})
