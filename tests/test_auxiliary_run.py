@@ -373,7 +373,7 @@ def test_a_gradient_that_conflicts_does_not_count(planted, gating, memory, layou
 @every_layout
 def test_a_gradient_that_agrees_counts(planted, gating, layout):
     gated, found = planted("label", auxiliary_gating=gating, **in_layout(layout))
-    _, expected = planted("label", conflict_logging_steps=1, **in_layout(layout))
+    _, expected = planted("label", gradient_combination=Fixed(1.0, 1.0), **in_layout(layout))
     gates = series(gated, "gate/")
     assert gates == [{"gate/helper": pytest.approx(1.0, abs=1e-6)}] * 4
     if gating == "cosine":

@@ -126,6 +126,7 @@ BALANCED = [
     dict(gradient_combination="cagrad", combination_every=2, conflict_logging_steps=1),
     dict(loss_weighting="db_mtl"),
     dict(gradient_combination="upgrad", gradient_memory="sketch"),
+    dict(gradient_combination="mgda", loss_weighting="famo"),
 ]
 
 
@@ -140,6 +141,8 @@ BALANCED = [
             (BALANCED[3], False),
             (BALANCED[3], True),
             (BALANCED[4], False),
+            (BALANCED[5], False),
+            (BALANCED[5], True),
         ]
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
