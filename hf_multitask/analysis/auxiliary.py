@@ -50,6 +50,7 @@ def sweep_auxiliary(
     output: str | Path | None = None,
     primary: str | None = None,
     say: Callable[[str], Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> AuxiliarySweep:
     """Train a recipe for each weight of an auxiliary task and each seed, and find where it saturates and interferes.
 
@@ -71,6 +72,7 @@ def sweep_auxiliary(
         primary: The task whose primary metric counts (default: the recipe's `primary_task`; without one, the mean over
             all tasks that are not auxiliary). It only says what is reported, and may be changed afterwards.
         say: Called, on the main process, with a line about each run.
+        trust_remote_code: Allow a recipe's file code from elsewhere, such as that of a backbone on the Hub.
 
     Returns:
         [`AuxiliarySweep`], which prints as a table; the same on every process.
@@ -87,7 +89,7 @@ def sweep_auxiliary(
         0.3
     """
     weights, chosen = _check_weights(weights), _check_seeds(seeds)
-    base = load_recipe(recipe, settings)
+    base = load_recipe(recipe, settings, trust_remote_code)
     primary = _check_tasks(base, auxiliary, primary)
     _check_training(base, settings)
     folder = Path(output or Path("runs", f"{base.name}-sweep"))

@@ -240,7 +240,7 @@ class Planner:
             settled |= {"eval_strategy": "no", "eval_steps": None, "eval_delay": 0}
         if not settled.get("load_best_model_at_end"):
             settled["save_strategy"] = "no"
-        recipe = Recipe(self.recipe.name, dict(model), values, settled)
+        recipe = Recipe(self.recipe.name, dict(model), values, settled, self.recipe.trust_remote_code)
         described = [task.to_dict() for task in tasks]
         metrics = {values["name"]: values["metric"] for values in described}
         if not _needs_evaluations(settled):

@@ -50,6 +50,7 @@ def compare(
     confidence: float = 0.95,
     compute_metrics: Mapping[str, Any] | None = None,
     say: Callable[[str], Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """Train a recipe and one baseline for each task, over several seeds, and compare them on the validation rows.
 
@@ -70,6 +71,7 @@ def compare(
         confidence: Coverage of the intervals.
         compute_metrics: Metric functions of your own by task, as `MultiTaskTrainer` takes them.
         say: Called with a line about each run.
+        trust_remote_code: Allow a recipe's file code from elsewhere, such as that of a backbone on the Hub.
 
     Returns:
         [`Comparison`], which prints as a table.
@@ -89,7 +91,7 @@ def compare(
     against = _check_strategies(against)
     if isinstance(recipe, Recipe) and settings:
         raise ValueError("settings change a recipe's file; this recipe was read already")
-    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    base = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings, trust_remote_code)
     parts = build(base)
     custom = check_compute_metrics(compute_metrics, parts.model.tasks)
     tasks = _check_recipe(parts, custom)

@@ -38,6 +38,7 @@ def group_tasks(
     settings: Sequence[str] = (),
     output: str | Path | None = None,
     say: Callable[[str], Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> TaskGroups:
     """Train all tasks together once, measure what they do to each other, and find the best split into groups.
 
@@ -59,6 +60,7 @@ def group_tasks(
         settings: `key=value` changes of a recipe file.
         output: Folder that gets `grouping.json` (default: `runs/<recipe>-grouping`; none for parts).
         say: Called with a line about what is being done.
+        trust_remote_code: Allow a recipe's file code from elsewhere, such as that of a backbone on the Hub.
 
     Returns:
         [`TaskGroups`], which prints as a table.
@@ -76,7 +78,7 @@ def group_tasks(
     """
     check_method(method)
     _check_numbers({"steps": steps, "every": every}, confidence)
-    name, parts, described = _load(recipe, settings)
+    name, parts, described = _load(recipe, settings, trust_remote_code)
     folder = Path("runs", f"{name}-grouping") if output is None and described else output
     if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"output {str(folder)!r} is a file; choose a folder")
@@ -119,7 +121,7 @@ def group_tasks(
     return result
 
 
-def _load(recipe: Any, settings: Sequence[str]) -> tuple[str, RecipeParts, dict[str, Any]]:
+def _load(recipe: Any, settings: Sequence[str], trust_remote_code: bool) -> tuple[str, RecipeParts, dict[str, Any]]:
     """Return the name, the parts, and what is known of a recipe."""
     if isinstance(recipe, (Recipe, RecipeParts)) and settings:
         raise ValueError("settings change a recipe's file; this recipe was read already")
@@ -127,7 +129,7 @@ def _load(recipe: Any, settings: Sequence[str]) -> tuple[str, RecipeParts, dict[
         return "the parts given", replace(recipe, model=copy.deepcopy(recipe.model)), {}
     if not isinstance(recipe, (str, Path, Recipe)):
         raise TypeError(f"recipe must be a file, a Recipe or RecipeParts, got {type(recipe).__name__}")
-    read = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    read = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings, trust_remote_code)
     precise = {key: value for key, value in read.training.items() if key not in _PRECISIONS}
     return read.name, build(replace(read, training=precise)), read.to_dict()
 

@@ -55,6 +55,7 @@ def preflight(
     seed: int = 0,
     output: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Preflight:
     """Look at a recipe before its training: data, losses, sampling, memory, conflict, first steps, time.
 
@@ -71,6 +72,7 @@ def preflight(
         seed: Seed of the rows that are drawn.
         output: Folder that gets `preflight.json` and `preflight.md`.
         progress: Called with the name of each section when it begins.
+        trust_remote_code: Allow a recipe's file code from elsewhere, such as that of a backbone on the Hub.
 
     Returns:
         [`Preflight`], which prints as a page.
@@ -91,7 +93,7 @@ def preflight(
         if isinstance(recipe, RecipeParts):
             name, parts = "the parts given", replace(recipe, model=copy.deepcopy(recipe.model))
         else:
-            loaded = load_recipe(recipe, settings)
+            loaded = load_recipe(recipe, settings, trust_remote_code)
             name, parts = loaded.name, build(loaded)
     if parts.args.world_size > 1:
         raise ValueError("preflight measures in one process: start it without accelerate launch or torchrun")

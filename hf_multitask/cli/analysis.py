@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import Settings, SeveralWords, app, plain_errors
+from .app import Settings, SeveralWords, TrustRemoteCode, app, plain_errors
 
 __all__ = ["compare", "group", "preflight", "report"]
 
@@ -29,6 +29,7 @@ def compare(
     margin: Annotated[float, typer.Option(help="Differences up to this part of a metric do not matter.")] = 0.02,
     resamples: Annotated[int, typer.Option(help="Draws of the validation rows.")] = 1000,
     settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of runs and comparison.json; without it, runs/<recipe>-comparison.")
     ] = None,
@@ -50,6 +51,7 @@ def compare(
             recipe,
             seeds=seeds or (0, 1, 2),
             settings=settings or [],
+            trust_remote_code=trust_remote_code,
             output=output,
             against=against or [],
             critical_tasks=critical or None,
@@ -64,6 +66,7 @@ def compare(
 def preflight(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
     budget_seconds: Annotated[float, typer.Option(help="Time for everything, in seconds.")] = 140.0,
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write preflight.json and preflight.md into this folder.")
@@ -80,6 +83,7 @@ def preflight(
         result = look(
             recipe,
             settings or [],
+            trust_remote_code=trust_remote_code,
             budget_seconds=budget_seconds,
             output=output,
             progress=lambda section: typer.echo(f"{section} ...", err=True),
@@ -96,6 +100,7 @@ def group(
     method: Annotated[str, typer.Option(help="affinity (losses after steps), or conflict (cosines).")] = "affinity",
     steps: Annotated[int | None, typer.Option(help="Steps to train; without it, the recipe's.")] = None,
     settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of grouping.json; without it, runs/<recipe>-grouping.")
     ] = None,
@@ -104,7 +109,7 @@ def group(
     with plain_errors():
         from ..analysis.grouping_run import group_tasks
 
-        options: dict[str, Any] = {"settings": settings or [], "output": output}
+        options: dict[str, Any] = {"settings": settings or [], "output": output, "trust_remote_code": trust_remote_code}
         options["say"] = lambda line: typer.echo(line, err=True)
         typer.echo(str(group_tasks(recipe, groups, method=method, steps=steps, **options)))
 

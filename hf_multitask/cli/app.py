@@ -9,11 +9,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-__all__ = ["Settings", "SeveralValues", "SeveralWords", "app", "main", "plain_errors"]
+__all__ = ["Settings", "SeveralValues", "SeveralWords", "TrustRemoteCode", "app", "main", "plain_errors"]
 
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeat for more."),
+]
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Allow code from elsewhere: a model's own from the Hub, kernels."),
 ]
 
 app = typer.Typer(

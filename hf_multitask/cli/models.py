@@ -36,7 +36,7 @@ def predict(
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ... Without it, a GPU if there is one.")
     ] = None,
 ) -> None:
-    """Predict with a trained model; prints one line of JSON for each text."""
+    """Predict with a trained model; prints one line of JSON for each text, with null for NaN."""
     with plain_errors():
         inputs: list[Any] = list(text or [])
         if file is not None:
@@ -46,13 +46,19 @@ def predict(
         from transformers.utils import logging
 
         from ..prediction import Predictor
+        from ..prediction_answers import finite
 
         logging.disable_progress_bar()
         predictor = Predictor.from_pretrained(model, device)
         answers = predictor(inputs, task, batch_size, stride=stride, top_k=top_k)
+        lost = 0
         for given, answer in zip(inputs, answers, strict=True):
             row = given if isinstance(given, dict) else {"text": given}
-            typer.echo(json.dumps({**row, **answer}, ensure_ascii=False))
+            line, count = finite({**row, **answer})
+            lost += count
+            typer.echo(json.dumps(line, ensure_ascii=False, allow_nan=False))
+        if lost:
+            typer.echo(f"Warning: {lost} numbers are NaN or infinite, which JSON lacks: they are null", err=True)
 
 
 @app.command()

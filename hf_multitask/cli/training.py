@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .app import Settings, SeveralValues, app, plain_errors
+from .app import Settings, SeveralValues, TrustRemoteCode, app, plain_errors
 
 __all__ = ["sweep", "train"]
 
@@ -16,6 +16,7 @@ __all__ = ["sweep", "train"]
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the last checkpoint of this run in the output folder.")
     ] = False,
@@ -33,7 +34,8 @@ def train(
     with plain_errors():
         from ..running import run_recipe
 
-        if table := run_recipe(recipe, settings or [], resume=resume, allow_changes=allow_changes or []):
+        options: dict[str, Any] = {"allow_changes": allow_changes or [], "trust_remote_code": trust_remote_code}
+        if table := run_recipe(recipe, settings or [], resume=resume, **options):
             typer.echo(table)
 
 
@@ -56,6 +58,7 @@ def sweep(
         ),
     ] = None,
     settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs and of sweep.json; without it, runs/<recipe>-sweep.")
     ] = None,
@@ -81,6 +84,7 @@ def sweep(
             weights,
             seeds=seeds or None,
             settings=settings or [],
+            trust_remote_code=trust_remote_code,
             output=output,
             primary=primary,
             say=lambda line: typer.echo(line, err=True),

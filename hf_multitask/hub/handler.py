@@ -8,7 +8,9 @@ installs this library. A request:
 
 `inputs` is a text, a row (`{"text", "text_pair"}` for a pair, or the tasks' columns) or a list of these; `parameters`
 are the options of [`hf_multitask.hub.pipeline`], each of which may be left out. The response is a list, with one
-dictionary of answers by task for each input. Errors in a request are `ValueError`s, which the service returns as such.
+dictionary of answers by task for each input; one that cannot be read has `{"error": "..."}` in its place, and the
+others are answered. Errors in a request as a whole are `ValueError`s, which the service returns as such: among them
+more than 1,024 inputs, or more than 4,000,000 characters. Numbers that are not finite are null.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
+from ..models.limits import shown
 from ..models.task import closest
+from ..prediction_answers import finite
 from .pipeline import OPTIONS
 
 __all__ = ["RequestHandler", "write_handler"]
@@ -45,6 +49,11 @@ class EndpointHandler:
 '''
 
 
+_MOST_INPUTS = 1024
+_MOST_CHARACTERS = 4_000_000  # of all inputs and parameters together
+_MOST_ROWS = 512  # of a pass of the encoder
+
+
 class RequestHandler:
     """Answers requests with one model; calls from several threads take turns, so that one batch at a time needs memory.
 
@@ -65,21 +74,81 @@ class RequestHandler:
             data: `inputs`, and if wanted `parameters`, as they come from JSON.
 
         Raises:
-            ValueError: Something is missing, unknown or no text.
+            ValueError: The request is too large, something is missing or unknown, or a parameter is not of its type.
         """
         if not isinstance(data, Mapping) or "inputs" not in data:
-            raise ValueError(f'a request must be a JSON object with "inputs" and perhaps "parameters", got {data!r}')
-        if unknown := sorted(set(data) - {"inputs", "parameters"}):
-            raise ValueError(f'a request has "inputs" and "parameters", not {unknown[0]!r}; options go in "parameters"')
+            raise ValueError(
+                f'a request must be a JSON object with "inputs" and perhaps "parameters", got {shown(data)}'
+            )
+        if unknown := sorted(map(str, set(data) - {"inputs", "parameters"})):
+            raise ValueError(
+                f'a request has "inputs" and "parameters", not {shown(unknown[0])}; options go in "parameters"'
+            )
         inputs, parameters = data["inputs"], data.get("parameters")
         parameters = {} if parameters is None else parameters
         if not isinstance(parameters, Mapping):
-            raise ValueError(f'"parameters" must be a JSON object, got {parameters!r}')
-        for name in parameters:
-            if name not in OPTIONS:
-                raise ValueError(f"no parameter {name!r}{closest(name, OPTIONS)}; parameters are {', '.join(OPTIONS)}")
+            raise ValueError(f'"parameters" must be a JSON object, got {shown(parameters)}')
+        inputs = inputs if isinstance(inputs, list) else [inputs]
+        if len(inputs) > _MOST_INPUTS:
+            raise ValueError(f"a request may have {_MOST_INPUTS:,} inputs, this one has {len(inputs):,}")
+        if _characters([inputs, parameters], _MOST_CHARACTERS) > _MOST_CHARACTERS:
+            raise ValueError(f"a request may have {_MOST_CHARACTERS:,} characters, this one has more")
+        options = _check_parameters(parameters)
         with self._turn:
-            return self._pipeline(inputs if isinstance(inputs, list) else [inputs], **parameters)
+            list(self._pipeline([], **options))  # a parameter that does not fit is no fault of an input
+            try:
+                answers = self._pipeline(inputs, **options)
+            except (ValueError, TypeError):
+                answers = [self._answer(one, options) for one in inputs]
+        return finite(answers)[0]
+
+    def _answer(self, one: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return self._pipeline([one], **options)[0]
+        except (ValueError, TypeError) as error:
+            return {"error": str(error)}
+
+
+def _characters(value: Any, most: int) -> int:
+    """Return the characters of all texts in a JSON value, one more for each value; no further than `most`."""
+    total, left = 0, [value]
+    while left and total <= most:
+        one = left.pop()
+        total += 1 + (len(one) if isinstance(one, str) else 0)
+        if isinstance(one, Mapping):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, (list, tuple)):
+            left += one
+    return total
+
+
+def _check_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a request that were given.
+
+    Raises:
+        ValueError: A name is unknown, or a value is not of its type.
+    """
+    for name, value in parameters.items():
+        if name not in OPTIONS:
+            raise ValueError(f"no parameter {shown(name)}{closest(name, OPTIONS)}; parameters are {', '.join(OPTIONS)}")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fits = {
+            "tasks": isinstance(value, list) and all(isinstance(one, str) for one in value),
+            "batch_size": whole and 1 <= value <= _MOST_ROWS,
+            "stride": whole and value >= 0,
+            "top_k": whole and value >= 1,
+            "generate_kwargs": isinstance(value, Mapping),
+        }
+        wanted = {
+            "tasks": "a list of names",
+            "batch_size": f"a whole number from 1 to {_MOST_ROWS}",
+            "stride": "a whole number of at least 0",
+            "top_k": "a whole number of at least 1",
+            "generate_kwargs": "a JSON object",
+        }
+        if value is not None and not fits[name]:
+            raise ValueError(f"parameter {name!r} must be {wanted[name]}, got {shown(value)}")
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def write_handler(folder: str | Path) -> list[Path]:

@@ -1,9 +1,9 @@
 """Which files of a folder go to the Hub, and why the others do not.
 
-What goes is what a saved model needs: weights as safetensors, configurations, the tokenizer, the model card, the parts
-of tasks in folders of their own, code. What only training needs stays: checkpoints, optimizer, logs. So does what is
-not known to belong to a model, whatever else lies in the folder. No name comes from a configuration: the folder is
-walked, and links that lead out of it are not followed.
+What goes is what a saved model needs, by name: weights as safetensors, configurations, the files of tokenizers, the
+model card and its pictures, the parts of tasks in folders of their own, code. Everything else stays: what only training
+needs (checkpoints, optimizer, logs), and whatever else lies in the folder, such as data or `credentials.json`. The
+folder is walked, and links that lead out of it are not followed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,41 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ..models.auto import SCHEMES
 from ..models.configuration import MultiTaskConfig
 from ..models.frozen import FrozenBackboneConfig, FrozenBackboneModel
-from ..models.manifest import check_named
+from ..models.manifest import MANIFEST_NAME, check_named
+from .code import CODE_FOLDER
 
 __all__ = ["PushFile", "PushPlan", "check_saved_model", "format_size", "is_local_folder", "plan_files"]
 
-_MODEL_SUFFIXES = (
-    *(".safetensors", ".onnx", ".json", ".txt", ".model", ".jinja", ".md", ".py", ".vocab", ".bpe", ".tiktoken"),
-    *(".svg", ".png"),
+# Files of a saved model, by name, in its folder itself.
+_OF_MODEL = (
+    *("config.json", "generation_config.json", "results.json", MANIFEST_NAME),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.safetensors", "adapter_config.json", "*.onnx", "*.onnx.data", "*.onnx_data"),
+    *("README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*", ".gitattributes", "handler.py", "requirements.txt"),
+    # Code of a model's or a tokenizer's own, as `register_for_auto_class` names it.
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py"),
 )
-_MODEL_NAMES = ("LICENSE", "NOTICE", ".gitattributes")
+# The files of all tokenizers of Transformers.
+_OF_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.txt", "vocab.json", "vocab.bpe", "merges.txt", "encoder.json", "dict.txt", "bpe.codes", "emoji.json"),
+    *("spiece.model", "spm.model", "spm_char.model", "sentencepiece.model", "sentencepiece.bpe.model"),
+    *("source.spm", "target.spm", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json"),
+    *("prophetnet.tokenizer", "normalizer.json", "byte_maps.json", "word_pronunciation.json", "word_shape.json"),
+    *("tekken.json", "*.tiktoken", "chat_template.jinja", "chat_template.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "README.md")
+# By folder in the folder of a model, at any depth in it, the names of the files that go.
+_IN_FOLDERS = {
+    "adapters": _ADAPTER,
+    "shared_adapter": _ADAPTER,
+    CODE_FOLDER: ("*.py",),
+    "onnx": ("*.onnx", "*.onnx.data", "*.onnx_data"),
+    "additional_chat_templates": ("*.jinja",),
+}
+_PICTURES = (".svg", ".png", ".jpg", ".jpeg", ".gif", ".webp")  # those that the model card shows
+_UNKNOWN = "not known to belong to a model"
 # Patterns of names, and why what they fit stays.
 _REASONS = (
     (("checkpoint-*/", "last-checkpoint/"), "a checkpoint of the training"),
@@ -117,29 +143,40 @@ def plan_files(folder: Path) -> PushPlan:
 def _walk(folder: Path, top: Path, root: Path, left_out: dict[str, str]) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         is_folder = path.is_dir()
-        name = path.relative_to(top).as_posix() + ("/" if is_folder else "")
-        why = _reason(path, is_folder, root)
+        place = path.relative_to(top)
+        why = _reason(path, place, is_folder, root)
         if why is not None:
-            left_out[name] = why
+            left_out[place.as_posix() + ("/" if is_folder else "")] = why
         elif is_folder:
             yield from _walk(path, top, root, left_out)
         else:
             yield path
 
 
-def _reason(path: Path, is_folder: bool, root: Path) -> str | None:
+def _reason(path: Path, place: Path, is_folder: bool, root: Path) -> str | None:
     """Return why a file or folder stays, or None if it goes."""
     if path.is_symlink() and not path.resolve().is_relative_to(root):
         return "a link that leads out of the folder"
-    if path.name in _MODEL_NAMES:
+    if not is_folder and _belongs(path, place):
         return None
     name = path.name + ("/" if is_folder else "")
     for patterns, why in _REASONS:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             return why
-    if is_folder:
-        return "another model" if (path / CONFIG_NAME).is_file() else None
-    return None if path.suffix.lower() in _MODEL_SUFFIXES else "not known to belong to a model"
+    if is_folder and (path / CONFIG_NAME).is_file():
+        return "another model"
+    return None if is_folder and place.parts[0] in _IN_FOLDERS else _UNKNOWN
+
+
+def _belongs(path: Path, place: Path) -> bool:
+    """Return whether a file belongs to a model, by its place in the model's folder."""
+    outer = place.parts[0] if len(place.parts) > 1 else None
+    names = (*_OF_MODEL, *_OF_TOKENIZER) if outer is None else _IN_FOLDERS.get(outer, ())
+    if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in names):
+        return True
+    card = path.parent / "README.md"
+    shown = outer is None and path.suffix.lower() in _PICTURES and card.is_file()
+    return shown and path.name in card.read_text(encoding="utf-8", errors="replace")
 
 
 def is_local_folder(name: str | None) -> bool:

@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,18 @@ def check_no_peft(model: nn.Module, what: str) -> None:
             raise ValueError(f"{name!r} has an adapter of PEFT, which {what} cannot have; {USE_ADAPTER_MODEL}")
 
 
+def _check_implementations(config: Any, options: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError where a backbone's configuration asks for a kernel from the Hub; its caller may ask for one."""
+    for name in ("attn_implementation", "experts_implementation"):
+        found = getattr(config, f"_{name}", None)
+        named = found.values() if isinstance(found, Mapping) else [found]
+        if name not in options and any("/" in str(one) or ":" in str(one) for one in named):
+            raise ValueError(
+                f"backbone {source!r}: its configuration asks for {name}={found!r}, which is code on the Hub; give it "
+                "yourself if you trust it"
+            )
+
+
 def load_backbone(source: str | PreTrainedModel, *, encoder_decoder: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load a backbone, or copy one that is in memory, without its pooling layer or head.
 
@@ -147,7 +159,11 @@ def load_quietly(
     """Load a model by one of Transformers' auto classes; return it, and the names of what its checkpoint lacked.
 
     What a checkpoint has too much (a pooler, a head) is no news.
+
+    Raises:
+        ValueError: Its configuration asks for code on the Hub.
     """
+    _check_implementations(config, options, str(source))
     with _QUIET:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()

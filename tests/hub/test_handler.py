@@ -102,18 +102,41 @@ def test_threads_take_turns(call, monkeypatch):
         ({"inputs": "good", "parameters": ["tone"]}, '"parameters" must be a JSON object, got'),
         ({"inputs": "good", "parameters": {"task": ["tone"]}}, "no parameter 'task', did you mean 'tasks'"),
         ({"inputs": "good", "parameters": {"tasks": ["tune"]}}, "no task 'tune', did you mean 'tone'"),
-        ({"inputs": "good", "parameters": {"tasks": "tone"}}, "tasks must be a list of names"),
-        ({"inputs": "good", "parameters": {"batch_size": 1.5}}, "batch_size must be a whole number"),
-        ({"inputs": ""}, "input 0 is ''"),
-        ({"inputs": None}, "input 0 is None"),
-        ({"inputs": 3}, "input 0 is 3"),
-        ({"inputs": ["good", 3]}, "input 1 is 3"),
+        ({"inputs": "good", "parameters": {"tasks": "tone"}}, "'tasks' must be a list of names"),
+        ({"inputs": "good", "parameters": {"tasks": [3]}}, "'tasks' must be a list of names"),
+        ({"inputs": "good", "parameters": {"tasks": {"tone": 1}}}, "'tasks' must be a list of names"),
+        ({"inputs": "good", "parameters": {"batch_size": 1.5}}, "'batch_size' must be a whole number"),
+        ({"inputs": "good", "parameters": {"batch_size": "8"}}, "'batch_size' must be a whole number"),
+        ({"inputs": "good", "parameters": {"batch_size": 10**9}}, "'batch_size' must be a whole number from 1 to 512"),
+        ({"inputs": "good", "parameters": {"top_k": True}}, "'top_k' must be a whole number"),
+        ({"inputs": "good", "parameters": {"stride": [1]}}, "'stride' must be a whole number"),
+        ({"inputs": "good", "parameters": {"generate_kwargs": 3}}, "'generate_kwargs' must be a JSON object"),
+        ({"inputs": ["good"] * 1025}, "1,024 inputs, this one has 1,025"),
+        ({"inputs": "good " * 10**6}, "4,000,000 characters"),
+        ({"inputs": {"text": "good", "more": ["x" * 10**6] * 5}}, "4,000,000 characters"),
+        ({"inputs": "good", "parameters": {"generate_kwargs": {"x" * (5 * 10**6): 1}}}, "4,000,000 characters"),
     ],
 )
 def test_bad_requests_are_named_and_the_next_is_answered(call, body, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         call(body)
+    assert len(str(error.value)) < 2000
     assert len(call({"inputs": "good"})) == 1
+
+
+@pytest.mark.parametrize("bad", ["", None, 3, [3], {"text": 3}, {"wrong": "good"}, [], {}, [[["deep"]]], True])
+def test_an_input_that_cannot_be_read_does_not_fail_the_others(call, bad):
+    good = call({"inputs": TEXTS})
+    answers = call({"inputs": [TEXTS[0], bad, *TEXTS[1:]]})
+    assert list(answers[1]) == ["error"] and answers[1]["error"]
+    assert [answers[0], *answers[2:]] == good
+    assert list(call({"inputs": [bad]})[0]) == ["error"]
+
+
+def test_numbers_that_json_lacks_are_null(call, monkeypatch):
+    odd = {"tone": float("nan"), "all": [{"score": float("inf")}, 1.0]}
+    monkeypatch.setattr(MultiTaskPipeline, "__call__", lambda self, inputs, **options: [odd for _ in inputs])
+    assert call({"inputs": "good"}) == [{"tone": None, "all": [{"score": None}, 1.0]}]
 
 
 def test_the_files_are_written_where_a_model_is_and_replace_nothing(folder, tmp_path_factory):

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import transformers
 from conftest import BACKBONES, make_tasks
 from hub_client import (  # noqa: F401
     INPUT_IDS,
@@ -21,6 +22,7 @@ from hub_server import File, card_errors
 
 from hf_multitask import AutoModelForMultiTask, Task
 from hf_multitask.hub.push import prepare_push
+from hf_multitask.hub.push_files import plan_files
 from hf_multitask.models.auto import SCHEMES
 
 PUSH = "from hf_multitask.hub.push import push_folder\nresult = push_folder(folder, repo, **options).oid"
@@ -160,7 +162,7 @@ def test_a_second_push_sends_what_has_changed_and_revisions_stay(hub, client, tm
 
 def test_parts_of_the_old_model_that_the_new_one_lacks_go_in_the_same_commit(hub, client, tmp_path):  # noqa: F811
     save_model("adapter", tmp_path / "old", shared_rank=2)
-    (tmp_path / "old" / "notes.md").write_text("mine")
+    (tmp_path / "old" / "LICENSE").write_text("mine")
     push(client, tmp_path / "old", "me/shrinking", include_code=True)
     model = save_model("adapter", tmp_path / "whole", tasks=make_tasks()[:2])
     model.save_pretrained(tmp_path / "new", max_shard_size="20KB")
@@ -169,7 +171,7 @@ def test_parts_of_the_old_model_that_the_new_one_lacks_go_in_the_same_commit(hub
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     assert {path for path in files if path.startswith("adapters/traits")} == set()
     assert not any(path.startswith(("shared_adapter", "hf_multitask_models")) for path in files)
-    assert {"notes.md", ".gitattributes"} <= files and len(hub.repos["me/shrinking"].commits) == 3
+    assert {"LICENSE", ".gitattributes"} <= files and len(hub.repos["me/shrinking"].commits) == 3
     assert load(client, "me/shrinking") == logits_of(model)
     # A folder that has both is loaded from the one file.
     shards = {path: path.read_bytes() for path in (tmp_path / "new").glob("model*")}
@@ -329,6 +331,14 @@ def test_no_server_is_one_message(client, folders):  # noqa: F811
 # ---- what goes, and what stays ----
 
 
+# What has the ending of a file of a model, and is none.
+PRIVATE = (
+    *("credentials.json", "token.txt", "client_secret.json", "service_account.json", "users.json", "train.txt"),
+    *("data.json", "notes.md", "settings.py", "private.png", "embeddings.safetensors", "customers.model", "hf.token"),
+    *("data/", "images/"),
+)
+
+
 @pytest.fixture
 def crowded(tmp_path):
     """A run's folder with all that lies in one."""
@@ -341,11 +351,15 @@ def crowded(tmp_path):
         *("runs/events.out.tfevents.1", "train.log", "trainer_state.json", "training_args.bin", "optimizer.pt"),
         *("pytorch_model.bin", ".env", ".git/config", "__pycache__/x.py", "baseline/config.json", "rows.csv", "id_rsa"),
         *("weights.pt", "model.pkl", "head.joblib"),
+        *PRIVATE,
+        *("adapters/notes.json", "adapters/tone/token.txt", "hf_multitask_models/keys.json", "onnx/rows.json"),
+        *("vocab.txt", "spiece.model", "additional_chat_templates/tools.jinja", "modeling_own.py"),
         *("results.json", "chat_template.jinja", "handler.py", "onnx/model.onnx"),
         *("model-00001-of-00002.safetensors", "model.safetensors.index.json"),  # of an older, larger model
     ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
+        path = folder / name / "rows.json" if name.endswith("/") else folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
     (folder / "alias.json").symlink_to(outside)
     (folder / "shortcut").symlink_to(tmp_path)
     return folder
@@ -354,6 +368,7 @@ def crowded(tmp_path):
 GOES = {
     *("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("multitask_manifest.json", "results.json", "chat_template.jinja", "handler.py", "onnx/model.onnx"),
+    *("vocab.txt", "spiece.model", "additional_chat_templates/tools.jinja", "modeling_own.py"),
 }
 STAYS = {
     "checkpoint-4/": "a checkpoint of the training",
@@ -368,8 +383,9 @@ STAYS = {
     ".git/": "hidden",
     "__pycache__/": "hidden",
     "baseline/": "another model",
-    "rows.csv": "not known to belong to a model",
-    "id_rsa": "not known to belong to a model",
+    **dict.fromkeys(("rows.csv", "id_rsa", *PRIVATE), "not known to belong to a model"),
+    **dict.fromkeys(("adapters/notes.json", "adapters/tone/token.txt"), "not known to belong to a model"),
+    **dict.fromkeys(("hf_multitask_models/keys.json", "onnx/rows.json"), "not known to belong to a model"),
     "alias.json": "a link that leads out of the folder",
     "shortcut/": "a link that leads out of the folder",
 }
@@ -384,6 +400,37 @@ def test_training_logs_and_what_is_no_part_of_the_model_stay(crowded):
         card = next(file for file in plan.files if file.path == "README.md")
         assert card_errors(card.source.read_text()) == []
     assert not card.source.exists() and not (crowded / "README.md").exists()
+
+
+def test_pictures_go_where_the_card_shows_them(crowded):
+    (crowded / "README.md").write_text("![curves](shown.png)")
+    for name in ("shown.png", "unseen.png", "unseen.svg"):
+        (crowded / name).write_bytes(b"")
+    plan = plan_files(crowded)
+    assert {file.path for file in plan.files if file.path.endswith((".png", ".svg"))} == {"shown.png"}
+    assert {"unseen.png", "unseen.svg", "private.png"} <= set(plan.left_out)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_file_that_a_model_and_its_tokenizer_save_goes(scheme, tmp_path):
+    save_model(scheme, tmp_path / "saved")
+    saved = {
+        path.relative_to(tmp_path / "saved").as_posix() for path in (tmp_path / "saved").rglob("*") if path.is_file()
+    }
+    plan = plan_files(tmp_path / "saved")
+    assert {file.path for file in plan.files} == saved and not plan.left_out
+
+
+def test_the_files_of_tokenizers_go(tmp_path):
+    named = set()
+    for kind in ("Bert", "Roberta", "T5", "XLMRoberta", "GPT2", "DebertaV2", "Phobert", "Barthez"):
+        names = getattr(transformers, f"{kind}Tokenizer").vocab_files_names.values()
+        named |= {name for name in names if isinstance(name, str)}
+    named |= {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    assert len(named) > 8
+    for name in named:
+        (tmp_path / name).write_text("{}")
+    assert {file.path for file in plan_files(tmp_path).files} == named
 
 
 def test_a_handler_goes_along_when_it_is_asked_for_and_one_of_one_s_own_is_kept(crowded):
@@ -403,7 +450,7 @@ def test_a_handler_goes_along_when_it_is_asked_for_and_one_of_one_s_own_is_kept(
 
 
 def test_modules_of_another_version_stay(crowded):
-    (crowded / "hf_multitask_models").mkdir()
+    (crowded / "hf_multitask_models").mkdir(exist_ok=True)
     (crowded / "hf_multitask_models" / "old.py").write_text("import nothing")
     for include_code, goes in ((True, False), (False, True)):
         with prepare_push(crowded, include_code=include_code, repo_id="me/model") as plan:
