@@ -254,6 +254,8 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
     args: MultiTaskTrainingArguments
     train_dataset: Any
     run_id: str = ""
+    facts_of_run: Mapping[str, Any] = {}
+    """What else must be the same when this run is resumed, as plain JSON types by a name for messages."""
     _preparing: dict[str, Any]
     _given_optimizers: tuple[Any, Any] = (None, None)  # and schedule
     _best_before: str | None = None  # the best checkpoint before the one that is being written
@@ -300,9 +302,13 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
 
     def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
         if self.tasks and resume_from_checkpoint is True:
-            found, skipped = last_complete_checkpoint(
-                str(self.args.output_dir), self.args.world_size, partial(self._fault_of_checkpoint, same_run=True)
-            )
+            found = None
+            # A course that was changed before goes on from its own checkpoints, not from later ones of the old course.
+            for allowed in dict.fromkeys([(), self._allowed_changes]):
+                if found is None:
+                    check = partial(self._fault_of_checkpoint, same_run=True, allowed=allowed)
+                    where = str(self.args.output_dir), self.args.world_size
+                    found, skipped = last_complete_checkpoint(*where, check)
             for folder, why in skipped.items():
                 logger.warning(f"checkpoint {folder} cannot be resumed from and is passed over: {why}")
             if found is None:
@@ -324,12 +330,13 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
         finally:
             self._finish_checkpoint()
 
-    def _fault_of_checkpoint(self, folder: str, same_run: bool = False) -> str | None:
+    def _fault_of_checkpoint(self, folder: str, same_run: bool = False, allowed: Sequence[str] = ()) -> str | None:
         """Return why a checkpoint cannot be used; a collective call, in which one process of each machine reads it.
 
         Args:
             folder: The checkpoint.
             same_run: Whether a checkpoint of another run has a fault, too.
+            allowed: Arguments in which its run may differ.
         """
         folder = broadcast_object_list([folder])[0]
         reason = None
@@ -338,7 +345,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
             state = read_state(folder) if same_run and reason is None else None
             if state is not None:
                 try:
-                    compare_runs(folder, state["run"], self._describe_run(), self._allowed_changes)
+                    compare_runs(folder, state["run"], self._describe_run(), allowed)
                 except ValueError as error:
                     reason = str(error)
         return next(filter(None, gather_object([reason])), None)
@@ -355,7 +362,7 @@ class MultiTaskCheckpoints(MultiTaskGapSampling, MultiTaskBalancing):
         run["given to the trainer"] = describe_given(self.data_collator, *self._given_optimizers)
         if self.gap_sampling is not None:
             run["single-task scores"] = self.gap_sampling.scores
-        return run | {"streamed": isinstance(self.train_dataset, StreamingMixture)}
+        return run | {"streamed": isinstance(self.train_dataset, StreamingMixture), **self.facts_of_run}
 
     def _hash_training_rows(self) -> dict[str, str]:
         """Return the hashes of the training rows by source; of streams, which cannot be read again, there are none."""

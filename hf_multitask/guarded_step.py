@@ -82,7 +82,8 @@ class MultiTaskGuarding(MultiTaskBalancing):
             raise NonFiniteLossError(
                 f"after {self.state.global_step} steps weights are NaN or infinite: {names}; {consequence}. A "
                 "step was too large for them, with a finite loss and gradient. "
-                f"{self._last_good_checkpoint()}Use a smaller learning rate."
+                f"{self._last_good_checkpoint()}Resume with a smaller learning rate: "
+                "allow_changes=['learning_rate']."
             )
 
     # ---- what is done ----
@@ -92,14 +93,15 @@ class MultiTaskGuarding(MultiTaskBalancing):
         in_a_row, most = self.guard.skipped_in_a_row, self.args.max_skipped_steps
         if self.args.on_nonfinite_loss == "raise":
             raise NonFiniteLossError(
-                f"{problem}\nNothing was changed by this step. {self._last_good_checkpoint()}Fix the rows or lower the "
-                "learning rate, or set on_nonfinite_loss='skip'."
+                f"{problem}\nNothing was changed by this step. {self._last_good_checkpoint()}Resume with a lower "
+                "learning rate or with on_nonfinite_loss='skip' (allow_changes permits both), or fix the rows and "
+                "start a new run."
             )
         if in_a_row > most:
             raise NonFiniteLossError(
                 f"{problem}\n{in_a_row} steps in a row could not be trained (max_skipped_steps={most}): either the "
-                f"weights are spoiled, or most rows. {self._last_good_checkpoint()}Lower the learning rate, or fix the "
-                "rows."
+                f"weights are spoiled, or most rows. {self._last_good_checkpoint()}Lower the learning rate "
+                "(allow_changes=['learning_rate']), or fix the rows and start a new run."
             )
         logger.warning(f"{problem}\nThe step is skipped ({self.guard.skipped} so far, {in_a_row} in a row).")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -87,6 +87,7 @@ def _train_parts(
         eval_dataset=parts.datasets["validation"] or None,
         processing_class=parts.tokenizer,
     )
+    trainer.facts_of_run = {f"model.{key} of the recipe": value for key, value in recipe.model.items()}
     test = None
     if parts.datasets["test"]:
         test = trainer.prepare_datasets(parts.datasets["test"], "test", "test", complete=False)

@@ -86,7 +86,7 @@ def _task_by_task(args: MultiTaskTrainingArguments, tasks: Sequence[Task]) -> st
     return named[0] if named else None
 
 
-class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTaskGuarding, MultiTaskPushing):
+class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskGuarding, MultiTaskCheckpoints, MultiTaskPushing):
     """What makes a `Trainer`, or a class derived from it, one for multi-task models.
 
     All arguments, callbacks and features of the trainer keep their meaning. Put it first:
@@ -406,7 +406,7 @@ class MultiTaskTrainerMixin(MultiTaskEvaluation, MultiTaskCheckpoints, MultiTask
             self.balancer.begin(self.state.max_steps)
         if self.tasks and self._compile_options is not None:
             self.accelerator.unwrap_model(self.model).compile_backbone(**self._compile_options)
-        self._has_own_rates = False
+        self._has_own_rates = self._has_own_rates and self.optimizer is not None
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.tasks:
             rates = ("backbone_learning_rate", "head_learning_rate")

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from hf_multitask import HardSharingModel, Task
 from hf_multitask.checkpointing import last_complete_checkpoint
 from hf_multitask.guard import LossGuard, NonFiniteLossError
+from hf_multitask.models.manifest import write_manifest
 
 BAD_ROW = 13
 
@@ -207,6 +208,7 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over(make_trainer
     tensors = load_file(spoilt)
     tensors[SHARED][0, 0] = math.nan
     save_file(tensors, spoilt, metadata={"format": "pt"})
+    write_manifest(spoilt.parent)
     found, passed = last_complete_checkpoint(trainer.args.output_dir)
     assert found == str(spoilt.parents[1] / "checkpoint-1") and SHARED in passed[str(spoilt.parent)]
     with pytest.raises(ValueError, match=f"{SHARED} holds weights that are NaN or infinite"):

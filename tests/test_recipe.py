@@ -212,3 +212,13 @@ def test_a_second_recipe_comparison_or_sweep_is_refused(other_process, folder):
     with pytest.raises(FolderInUseError, match="swept"):
         other_process(folder / "swept")
         sweep_auxiliary(job, "strength", [0, 0.5], settings=settings, output=folder / "swept")
+
+
+def test_a_recipe_with_another_backbone_is_not_resumed_from_the_first_ones_checkpoint(folder):
+    settings = ["training.save_strategy=steps", "training.save_steps=2"]
+    run_recipe(folder / "job.yaml", settings)
+    BACKBONES["bert"]().save_pretrained(folder / "other")
+    make_tokenizer().save_pretrained(folder / "other")
+    with pytest.raises(ValueError, match="model.backbone of the recipe: .*backbone' in the checkpoint, .*other' now"):
+        run_recipe(folder / "job.yaml", [*settings, f"model.backbone={folder / 'other'}"], resume=True)
+    assert "average" in run_recipe(folder / "job.yaml", settings, resume=True)

@@ -192,6 +192,22 @@ def test_resuming_passes_over_checkpoints_of_another_run(trained, caplog):
         make(learning_rate=0.25, weight_decay=0.5).train(resume_from_checkpoint=True)
 
 
+def test_a_changed_course_goes_on_from_its_own_checkpoints(trained):
+    """The first course has a later checkpoint, from which the changed one must not go on."""
+    folder, make = trained
+    make(save_steps=1).train()
+    changed = dict(learning_rate=0.25, save_steps=1)
+    trainer = make(**changed)
+    shutil.copytree(folder / "checkpoint-4", folder.parent / "old")
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"), allow_changes=["learning_rate"])
+    expected = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    shutil.rmtree(folder / "checkpoint-4")  # as if it had been killed after step 3
+    shutil.copytree(folder.parent / "old", folder / "checkpoint-4")
+    again = make(**changed)
+    again.train(resume_from_checkpoint=True, allow_changes=["learning_rate"])
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), expected, strict=True))
+
+
 def test_a_resumed_run_keeps_its_id_and_a_new_one_has_its_own(trained):
     folder, make = trained
 

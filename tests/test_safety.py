@@ -28,7 +28,7 @@ from hf_multitask.checkpointing import incompleteness
 from hf_multitask.models import saved_config
 from hf_multitask.models.auto import SCHEMES
 from hf_multitask.models.limits import MOST_LABELS, MOST_TASKS
-from hf_multitask.models.manifest import MANIFEST_NAME
+from hf_multitask.models.manifest import MANIFEST_NAME, write_manifest
 from hf_multitask.models.task import check_tasks
 from hf_multitask.recipe import load_recipe
 from hf_multitask.recipe_file import parse_yaml
@@ -61,6 +61,7 @@ ALLOWED = {
     ("archives", "zipfile"),
     ("archives", "tarfile"),
     ("recipe_file", "yaml.load"),  # with a SafeLoader
+    ("recipe", "trust_remote_code=True"),  # where whoever runs the recipe has said so, never the recipe itself
 }
 
 
@@ -185,6 +186,9 @@ def test_pickles_in_a_checkpoint_run_nothing(make_trainer, model, ran, file):
     trainer.train()
     folder = Path(trainer.args.output_dir, "checkpoint-1")
     spoil(folder / file, ran)
+    with pytest.raises(ValueError, match=file):
+        trainer.train(resume_from_checkpoint=str(folder))
+    write_manifest(folder)  # as its author would do
     if file == "training_args.bin":  # Trainer writes it, and nothing reads it
         trainer.train(resume_from_checkpoint=str(folder))
     else:
@@ -585,11 +589,13 @@ def test_a_state_that_no_trainer_wrote_is_refused(checkpoint, change, message):
     state = json.loads(before)
     change(state)
     write_json(path, state)
+    write_manifest(folder)  # as who edited it would do
     try:
         with pytest.raises(ValueError, match=message):
             trainer.train(resume_from_checkpoint=str(folder))
     finally:
         path.write_text(before)
+        write_manifest(folder)
     assert incompleteness(folder) is None
 
 
