@@ -383,7 +383,9 @@ class MultiTaskBalancing(Trainer):
             return []
         if embeddings.max_norm is not None or embeddings.scale_grad_by_freq:
             return []
-        return [parameter for parameter in self._shared if parameter is embeddings.weight]
+        # Before the first window, as in preflight, nothing was looked up yet.
+        shared = self._shared or [parameter for parameter in model.shared_parameters() if parameter.requires_grad]
+        return [parameter for parameter in shared if parameter is embeddings.weight]
 
     def _run_tasks(
         self, inner: Any, inputs: dict[str, Any], window: Window, numbers: Mapping[str, int], sharded: bool

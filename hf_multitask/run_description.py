@@ -109,6 +109,8 @@ _NOT_OF_TRAINING = frozenset({"metric", "greater_is_better", "generation", "max_
 # Strategies whose probabilities depend on how long the whole training is.
 _NEED_LENGTH = ("annealed", "unimax")
 _WITHOUT_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
+# In descriptions of versions after 0.1.0.
+_NEWER = ("arguments", "model", "content of the training rows", "given to the trainer")
 # Of a model's configuration: compared elsewhere, written while it is saved, or taken over from the tokenizer.
 _NOT_OF_MODEL = frozenset(
     """
@@ -303,13 +305,15 @@ def compare_runs(
     fixed = {name for name in _GROUPING if len({arguments.get(name) is None for arguments in both}) == 2}
     permitted -= fixed
     differences: list[tuple[str, str]] = []
-    older = "arguments" not in saved
+    older = saved.keys().isdisjoint(_NEWER)
     for key in dict.fromkeys([*saved, *now]):
         before, after = saved.get(key), now.get(key)
         if before == after or (older and key not in saved and key not in ("primary_task", "shares")):
             continue
-        if key == "tasks":
-            differences += [(key, line) for line in _compare_tasks(before or [], after or [])]
+        if key in _NEWER and before is None:
+            differences.append((key, f"{key}: not in the checkpoint"))
+        elif key == "tasks":
+            differences += [(key, line) for line in _compare_tasks(before or [], after or [], older)]
         elif key in ("arguments", "model", "content of the training rows"):
             differences += _compare_settings(key, before or {}, after or {})
         else:
@@ -331,7 +335,7 @@ def compare_runs(
 
 def _compare_settings(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str]]:
     if key == "content of the training rows":
-        changed = [name for name in after if name in before and before[name] != after[name]]
+        changed = [name for name in dict.fromkeys([*before, *after]) if before.get(name) != after.get(name)]
         return [
             (key, f"training rows of {name!r}: other rows, or in another order, than in the checkpoint")
             for name in changed
@@ -351,15 +355,15 @@ def _shown(values: Mapping[str, Any], name: str) -> str:
     return shown(values[name]) if name in values else "not set"
 
 
-def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+def _compare_tasks(before: list[dict[str, Any]], after: list[dict[str, Any]], older: bool) -> list[str]:
     old, new = [str(task["name"]) for task in before], [str(task["name"]) for task in after]
     if old != new:
         return [f"tasks: {', '.join(old)} in the checkpoint, {', '.join(new)} now"]
     return [
-        f"task {a['name']!r}, {key}: {shown(a[key])} in the checkpoint, {shown(b[key])} now"
+        f"task {a['name']!r}, {key}: {shown(a.get(key))} in the checkpoint, {shown(b.get(key))} now"
         for a, b in zip(before, after, strict=True)
-        for key in b
-        if key in a and a[key] != b[key]  # version 0.1.0 wrote fewer fields
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key) and not (older and key not in a)  # version 0.1.0 wrote fewer fields
     ]
 
 

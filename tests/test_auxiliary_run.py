@@ -278,8 +278,9 @@ def test_another_schedule_or_length_is_another_run(run, tmp_path):
 
 def test_a_schedule_in_steps_may_be_trained_on_for_longer(run, tmp_path):
     fixed = {"names": {"type": "off", "after": 1}}
-    run(fixed, save_strategy="steps", save_steps=2, max_steps=2)
-    trainer, _ = run(fixed, max_steps=4, resume=str(tmp_path / "out" / "checkpoint-2"))
+    constant = dict(lr_scheduler_type="constant")
+    run(fixed, save_strategy="steps", save_steps=2, max_steps=2, **constant)
+    trainer, _ = run(fixed, max_steps=4, resume=str(tmp_path / "out" / "checkpoint-2"), **constant)
     assert trainer.state.global_step == 4
 
 
@@ -475,7 +476,8 @@ def test_the_log_holds_the_fraction_of_open_steps(helped):
 def test_without_the_primary_task_in_a_window_gates_are_open(run, tasks, bert, make_trainer):
     helped = [replace(task, auxiliary=task.name == "names", weight=1.0) for task in tasks]
     runs = []
-    for options in (dict(auxiliary_gating="cosine", primary_task="tone"), dict(conflict_logging_steps=1)):
+    ones = Fixed(1.0, 1.0, 1.0, 1.0)  # the plain sum, task by task as well
+    for options in (dict(auxiliary_gating="cosine", primary_task="tone"), dict(gradient_combination=ones)):
         torch.manual_seed(0)
         model = HardSharingModel.from_backbone(type(bert)(bert.config), helped)
         runs.append(train(make_trainer, model, batch_composition="single_task", max_steps=8, **options))

@@ -50,7 +50,10 @@ def test_train_then_predict(folder):  # noqa: F811
 def test_resume_goes_on_from_the_last_checkpoint(folder):  # noqa: F811
     saving = ["--set", "training.save_strategy=steps", "--set", "training.save_steps=2"]
     assert invoke("train", folder / "job.yaml", "--set", "training.max_steps=2", *saving).exit_code == 0
-    again = invoke("train", folder / "job.yaml", "--set", "training.max_steps=4", *saving, "--resume")
+    longer = ("train", folder / "job.yaml", "--set", "training.max_steps=4", *saving, "--resume")
+    refused = invoke(*longer)
+    assert refused.exit_code == 1 and "max_steps" in refused.output
+    again = invoke(*longer, "--allow-changes", "max_steps")
     assert again.exit_code == 0, again.output
     assert json.loads((folder / "out" / "results.json").read_text())["steps"] == 4
 

@@ -119,9 +119,8 @@ class Twice(Counting):
 @pytest.mark.sample(3)
 def test_an_overridden_loss_counts_once_whatever_the_micro_batches(make, kind, options):
     factor = 2.0 if kind in (Doubled, Twice) else 1.0
-    plain = make(**options)
+    plain = make(max_grad_norm=1e9, **options)
     trainer = make(kind, learning_rate=0.1 / factor, max_grad_norm=1e9, **options)
-    plain.args.max_grad_norm = 1e9
     if kind is FromLogits:  # its passes have no labels, so that there are no losses of the heads to log
         plain.progress.add_losses = lambda losses: None
     for one in (plain, trainer):

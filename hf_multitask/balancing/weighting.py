@@ -187,7 +187,9 @@ def make_weighting(
         >>> weighting = make_weighting("normalized", tasks, {"decay": 0.9})
         >>> losses = torch.tensor([4000.0, 0.5], dtype=torch.float64)
         >>> seen = Observation(losses, present=torch.tensor([True, True]), step=0, epoch=0)
-        >>> (weighting.weights(seen) * losses).round(decimals=6).tolist()
+        >>> for _ in range(11):  # in the first ten windows no weight is above 1
+        ...     weights = weighting.weights(seen)
+        >>> (weights * losses).round(decimals=6).tolist()
         [1.0, 1.0]
     """
     if isinstance(weighting, str):

@@ -577,7 +577,7 @@ def test_questions_choices_and_hidden_words_are_compared(tmp_path):
     found = check_numbers(path, tmp_path / "compared", metrics, {"tone": 80, "who": 30, "next": 20, "hidden": 80})
     assert not found.tasks[3].greater_is_better
     with pytest.raises(ValueError, match="task 'who': answers to questions are not kept"):
-        compare(path, compute_metrics={"who": len}, output=tmp_path / "x")
+        compare(path, settings=["tasks.who.metric=f1"], compute_metrics={"who": len}, output=tmp_path / "x")
 
 
 def test_targets_of_a_closed_set_are_compared(tmp_path):
