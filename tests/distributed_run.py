@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import BACKBONES, make_datasets, make_tasks, make_tokenizer
+from transformers import TrainerCallback
 
 from hf_multitask import MultiTaskTrainer, MultiTaskTrainingArguments
 from hf_multitask.data.sources import make_sources
@@ -32,6 +33,28 @@ def shard_on_the_cpu() -> None:
         state |= {"num_processes": int(os.environ["WORLD_SIZE"]), "process_index": rank, "local_process_index": rank}
 
 
+class Switch(TrainerCallback):
+    """Freezes the embeddings, or unfreezes what was frozen from the beginning, in mid-training."""
+
+    def __init__(self, trained: bool) -> None:
+        self.trained = trained
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.backbone.embeddings.requires_grad_(not self.trained)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            model.backbone.embeddings.requires_grad_(self.trained)
+
+
+class OwnLoss(MultiTaskTrainer):
+    """Trains twice the loss of the heads, by an overridden `compute_loss`."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
 def main(
     out: str, composition: str, reduction: str, sampling: str = "weighted", resume: str = "", extra: str = "{}"
 ) -> None:
@@ -39,6 +62,8 @@ def main(
     scheme = SCHEMES[settings.pop("scheme", "hard")]
     torch.manual_seed(0)
     changes = settings.pop("tasks", {})
+    switch = settings.pop("switch", None)
+    kind = OwnLoss if settings.pop("own_loss", False) else MultiTaskTrainer
     tasks = [replace(task, **changes.get(task.name, {})) for task in make_tasks()]
     model = scheme.from_backbone(BACKBONES["bert"](), tasks, **settings.pop("options", {}))
     for module in model.modules():
@@ -55,7 +80,6 @@ def main(
         per_device_train_batch_size=4,
         gradient_accumulation_steps=4 // processes,
         per_device_eval_batch_size=3,
-        learning_rate=0.05,
         optim="adamw_torch" if resume else "sgd",  # with nothing to save in its optimizer a run is resumed too easily
         weight_decay=0.1,  # moves whatever has a gradient, if only of zeros
         logging_steps=2,
@@ -67,7 +91,11 @@ def main(
         batch_composition=composition,
         loss_reduction=reduction,
         task_sampling="temperature" if sampling == "streams" else sampling,
-        **{"task_sampling_kwargs": {"weights": shares} if sampling == "weighted" else None, **settings},
+        **{
+            "learning_rate": 0.05,
+            "task_sampling_kwargs": {"weights": shares} if sampling == "weighted" else None,
+            **settings,
+        },
     )
     shard_on_the_cpu()
     datasets = make_datasets(rows=44)
@@ -77,8 +105,13 @@ def main(
         train = {name: part.to_iterable_dataset(num_shards=2) for name, part in datasets.items()}
         train["traits"] = train["traits"].shuffle(seed=1, buffer_size=6)
     idle = [whole(parameter) for parameter in model.idle_parameters("traits")]
-    trainer = MultiTaskTrainer(
-        model, args, train_dataset=train, eval_dataset=datasets, processing_class=make_tokenizer()
+    trainer = kind(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=datasets,
+        processing_class=make_tokenizer(),
+        callbacks=[] if switch is None else [Switch(switch)],
     )
     trainer.train(resume_from_checkpoint=resume if os.path.isdir(resume) else None)
     shards = sum(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -172,6 +172,19 @@ def test_logging_conflicts_changes_no_weight_on_two_processes(tmp_path, alone):
     assert all(found) and found == [pytest.approx(line, abs=1e-4) for line in expected]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "unfrozen"])
+@pytest.mark.parametrize("way", [{}, {"gradient_combination": "pcgrad"}], ids=["plain", "pcgrad"])
+def test_freezing_in_mid_training_on_two_processes_equals_one(tmp_path, alone, way, trained):
+    arguments = ("mixed", "rows", "weighted", "")
+    options = (*arguments, json.dumps({**way, "switch": trained}))
+    one, two = alone(*options), launch(tmp_path, 2, *options)
+    check_equal(one, two)
+    unchanged = alone(*arguments, json.dumps(way))
+    name = "backbone.embeddings.word_embeddings.weight"
+    assert not torch.allclose(one["weights"][name], unchanged["weights"][name])
+
+
 SCHEME_RUNS = {
     "soft": dict(scheme="soft"),
     "soft, cross-stitched": dict(scheme="soft", options={"cross_stitch": True}),

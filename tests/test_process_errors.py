@@ -35,7 +35,8 @@ OTHERS = [
     dict(options=dict(gradient_combination="upgrad", gradient_memory="sketch"), place="gradients.gramian"),
     dict(options=dict(gradient_combination="upgrad", gradient_memory="sketch"), place="_second_pass"),
     dict(options=dict(loss_weighting="gradnorm", gradient_accumulation_steps=2), place="_add_up_losses"),
-    dict(options=dict(conflict_logging_steps=1), place="balancer.combine"),
+    dict(options=dict(conflict_logging_steps=1), place="_measure_conflicts"),
+    dict(options=dict(conflict_logging_steps=1), place="balancer.record_cosines"),
 ]
 KINDS = {"combinations": COMBINED, "weightings": WEIGHTED, "places": PLACES, "others": OTHERS}
 

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import threading
+import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ __all__ = [
     "cast_parameters",
     "check_no_peft",
     "check_source",
+    "check_supported",
     "default_pooling",
     "is_causal",
+    "isolate_rotary_embeddings",
     "learned_positions",
     "load_backbone",
     "load_quietly",
@@ -51,6 +54,12 @@ CONFIG_OPTIONS = (*HUB_OPTIONS, "gguf_file")
 
 # Families without a masked language model that read in both directions all the same, unless told to be decoders.
 _BIDIRECTIONAL = ("bert-generation", "cpmant", "xlnet")
+
+# Families whose hidden states are not `hidden_size` wide: Reformer joins the two streams of its reversible layers.
+_WIDE = ("reformer",)
+
+# Families whose layers keep the state of the last input.
+_RECURRENT = ("recurrent_gemma",)
 
 _QUIET = threading.RLock()  # the verbosity is the whole process's: two threads would restore each other's
 
@@ -103,6 +112,59 @@ def check_no_peft(model: nn.Module, what: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, tuners.BaseTunerLayer):
             raise ValueError(f"{name!r} has an adapter of PEFT, which {what} cannot have; {USE_ADAPTER_MODEL}")
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Check that a backbone computes the same for an input whatever it has read before, in states that heads can read.
+
+    Raises:
+        ValueError: A forward pass of the family changes the model, so that answers would depend on earlier inputs and
+            on other threads; or its hidden states are not `hidden_size` wide.
+    """
+    family = config.model_type
+    if getattr(config, "attention_type", None) == "block_sparse":
+        raise ValueError(
+            f"backbone {family!r} has attention_type='block_sparse', with which the first short input switches the "
+            "model to full attention for all later ones; load it with AutoModel.from_pretrained(..., "
+            "attention_type='original_full') and give the model as backbone"
+        )
+    if family == "rwkv" and config.rescale_every > 0:
+        raise ValueError(
+            f"backbone {family!r} has rescale_every={config.rescale_every}, with which it divides its own weights in "
+            "evaluation, and a model saved then is another; load it with AutoModel.from_pretrained(..., "
+            "rescale_every=0) and give the model as backbone"
+        )
+    if family in _RECURRENT:
+        raise ValueError(
+            f"backbone {family!r} keeps the state of the last input in its layers, where other threads read it; take "
+            "another backbone"
+        )
+    if family in _WIDE:
+        raise ValueError(
+            f"backbone {family!r} gives hidden states of another width than its hidden_size={config.hidden_size}, "
+            "which heads and sharing schemes are built for; take another backbone"
+        )
+
+
+def isolate_rotary_embeddings(model: nn.Module) -> None:
+    """Let rotary embeddings that adapt to the length of an input adapt in that pass only.
+
+    Those of rope types `dynamic` and `longrope` write their frequencies on the module: the longest input so far would
+    change later answers, and two threads would get each other's frequencies.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        named = kinds.values() if isinstance(kinds, Mapping) else [kinds]
+        if any("dynamic" in str(kind) or kind == "longrope" for kind in named):
+            module.forward = types.MethodType(_forward_on_a_copy, module)
+
+
+def _forward_on_a_copy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a module's forward on a shallow copy with buffers of its own."""
+    own: Any = copy.copy(self)
+    own.__dict__.pop("forward")
+    own._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in self._buffers.items()}
+    return own.forward(*args, **kwargs)
 
 
 def _check_implementations(config: Any, options: Mapping[str, Any], source: str) -> None:

@@ -25,7 +25,9 @@ from .backbone import (
     backbone_options,
     cast_parameters,
     check_no_peft,
+    check_supported,
     default_pooling,
+    isolate_rotary_embeddings,
     load_backbone,
 )
 from .configuration import MultiTaskConfig
@@ -74,11 +76,13 @@ class ConstructedModel(SharingScheme):
         """Build the model; `backbone` is used as it is, without it one is made from the configuration."""
         super().__init__(config)
         self.tasks: list[Task] = check_tasks(config.get_tasks())
+        check_supported(config.backbone_config)
         if backbone is None:
             options = backbone_options(type(config.backbone_config))
             backbone = AutoModel.from_config(config.backbone_config, **options)
         if config.backbone_config.is_encoder_decoder:
             self._settle_decoder(backbone)
+        isolate_rotary_embeddings(backbone)
         self.backbone = backbone
         self.rows = CurrentRows()
         pooling = config.pooling or default_pooling(config.backbone_config)

@@ -48,7 +48,6 @@ REFUSED = [
     ("big_bird", "QUESTION_ANSWERING", "reads the token ids"),
     ("canine", "SEQUENCE_CLASSIFICATION", "its pooler reads hidden states of groups of characters"),
     ("funnel", "SEQUENCE_CLASSIFICATION", "not built on the backbone that AutoModel loads"),
-    ("reformer", "QUESTION_ANSWERING", "mat1 and mat2 shapes"),
 ]
 # Families that cannot run on texts, need a package or their image part, or have no tiny version.
 NOT_TRIED = {
@@ -63,7 +62,7 @@ ENCODER_DECODERS = {
 ALL_REFUSED = {(family, kind) for family, kind, _ in REFUSED} | {
     *(("canine", kind) for kind in TASKS),
     ("funnel", "MULTIPLE_CHOICE"),
-    ("reformer", "SEQUENCE_CLASSIFICATION"),
+    *(("reformer", kind) for kind in ("QUESTION_ANSWERING", "SEQUENCE_CLASSIFICATION")),
     ("perceiver", "SEQUENCE_CLASSIFICATION"),
 }
 
