@@ -185,6 +185,17 @@ def test_freezing_in_mid_training_on_two_processes_equals_one(tmp_path, alone, w
     assert not torch.allclose(one["weights"][name], unchanged["weights"][name])
 
 
+@pytest.mark.slow
+def test_an_overridden_loss_on_two_processes_equals_one(tmp_path, alone):
+    arguments = ("mixed", "rows", "weighted", "")
+    options = (*arguments, json.dumps({"own_loss": True, "learning_rate": 0.025, "max_grad_norm": 1e9}))
+    one, two = alone(*options), launch(tmp_path, 2, *options)
+    check_equal(one, two)
+    plain = alone(*arguments, json.dumps({"learning_rate": 0.05, "max_grad_norm": 1e9}))
+    head = next(name for name in one["weights"] if name.startswith("heads.tone"))
+    assert not torch.equal(one["weights"][head], plain["weights"][head])
+
+
 SCHEME_RUNS = {
     "soft": dict(scheme="soft"),
     "soft, cross-stitched": dict(scheme="soft", options={"cross_stitch": True}),

@@ -38,6 +38,7 @@ def answers(model, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ROPE)
+@pytest.mark.sample(5)
 def test_a_long_input_changes_no_later_answer(kind, scheme):
     options = {"num_virtual_tokens": 2} if scheme == "prefix" else {}
     model = SCHEMES[scheme].from_backbone(rotary_model(kind), TASKS, **options).eval()
@@ -50,6 +51,7 @@ def test_a_long_input_changes_no_later_answer(kind, scheme):
 
 
 @pytest.mark.parametrize("kind", ROPE)
+@pytest.mark.sample(2)
 def test_rotary_embeddings_are_those_of_transformers(tmp_path, kind):
     plain = rotary_model(kind)
     model = HardSharingModel.from_backbone(plain, TASKS).eval()
@@ -72,6 +74,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.sample(5)
 def test_a_family_that_cannot_serve_is_refused_by_name(family, scheme):
     options, named = REFUSED[family]
     backbone = tiny_model(AutoModel, tiny_config(family, **options))
