@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from common import describe, write_result
 from datasets import Dataset, disable_progress_bars
+from tqdm import tqdm
 from transformers import BertConfig, BertModel, BertTokenizerFast, TrainerCallback, set_seed
 
 from hf_multitask import MultiTaskTrainer, MultiTaskTrainingArguments, Task
@@ -292,16 +294,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200, help="on one process")
     parser.add_argument("--pairs", type=int, default=30, help="on two processes")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and of the moments at which runs are killed")
+    parser.add_argument("--known", type=Path, help="lines that an earlier invocation printed, which count, too")
     parser.add_argument("--write", action="store_true", help="write kill_resume.json")
     arguments = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     disable_progress_bars()
+    tqdm.set_lock(threading.RLock())  # the usual one is shared with forked processes, and stays locked if one is killed
     draw, home = random.Random(arguments.seed), Path(tempfile.mkdtemp())
     size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
     config = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **size)
     BertModel(config).save_pretrained(home / "backbone")
-    records: list[dict[str, Any]] = []
+    known = arguments.known.read_text().splitlines() if arguments.known else []
+    records: list[dict[str, Any]] = [json.loads(line) for line in known]
     for number in range(arguments.runs + arguments.pairs):
         records.append(run(number, 1 if number < arguments.runs else 2, draw, home))
         print(json.dumps(records[-1]), flush=True)
