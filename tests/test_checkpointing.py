@@ -20,8 +20,11 @@ from hf_multitask.checkpointing import delete_old_checkpoints, incompleteness, l
 from hf_multitask.models.manifest import MANIFEST_NAME, Recording, changed_files, write_manifest
 
 
+_TRAINED: list = []  # the run, which is trained once: a copy of its folder, and its weights
+
+
 @pytest.fixture
-def trained(make_trainer, bert, tasks, tmp_path):
+def trained(make_trainer, bert, tasks, tmp_path, tmp_path_factory):
     """A run of 6 steps with checkpoints at 2, 4 and 6, and a function that makes the same trainer again."""
 
     def make(new_tasks=tasks, train=None, **arguments):
@@ -29,9 +32,15 @@ def trained(make_trainer, bert, tasks, tmp_path):
         defaults = dict(max_steps=6, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "run"))
         return make_trainer(HardSharingModel.from_backbone(bert, new_tasks), train, **{**defaults, **arguments})
 
-    trainer = make()
-    trainer.train()
-    return tmp_path / "run", make, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    if not _TRAINED:
+        trainer = make()
+        trainer.train()
+        weights = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        _TRAINED.extend((tmp_path_factory.mktemp("trained") / "run", weights))
+        shutil.copytree(tmp_path / "run", _TRAINED[0])
+    else:
+        shutil.copytree(_TRAINED[0], tmp_path / "run")
+    return tmp_path / "run", make, _TRAINED[1]
 
 
 SPOILT = {

@@ -176,7 +176,7 @@ def test_fetched_once_and_quietly(
     forbid_subprocesses(monkeypatch)
     assert dataset_files("toy") == files
     assert backbone_folder("toy") == folder
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "sha256.json"]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert sorted(leftovers(cache)) == sorted([*map(Path, files.values()), *folder.iterdir()])
     assert not [path for path in cache.parent.rglob("escaped.txt")]
@@ -247,7 +247,7 @@ def test_killed_process_leaves_no_result(toy: Archive, cache: Path) -> None:
         "import os; from hf_multitask import quickstart as q\n"
         "def make(archive, folder):\n"
         "    (folder / 'train.parquet').write_text('half'); os._exit(9)\n"
-        f"q._make_once(q.cache_folder() / 'datasets' / 'toy', ['train.parquet'], q.{toy!r}, make)"
+        f"q._make_once(q.cache_folder() / 'datasets' / 'toy', ['train.parquet'], q.{toy!r}, make, print)"
     )
     repository = Path(quickstart.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True)

@@ -26,8 +26,11 @@ from hf_multitask.run_description import (
 )
 
 
+_TRAINED: list[Path] = []  # where a copy of the run is; it is trained once
+
+
 @pytest.fixture
-def trained(make_trainer, bert, tasks, tmp_path):
+def trained(make_trainer, bert, tasks, tmp_path, tmp_path_factory):
     """A run of 4 steps with checkpoints at 2 and 4, and a function that makes the same trainer, or another one."""
 
     def make(train=None, backbone=bert, **arguments):
@@ -35,7 +38,12 @@ def trained(make_trainer, bert, tasks, tmp_path):
         defaults = dict(max_steps=4, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "run"))
         return make_trainer(HardSharingModel.from_backbone(backbone, tasks), train, **{**defaults, **arguments})
 
-    make().train()
+    if not _TRAINED:
+        make().train()
+        _TRAINED.append(tmp_path_factory.mktemp("trained") / "run")
+        shutil.copytree(tmp_path / "run", _TRAINED[0])
+    elif not (tmp_path / "run").exists():
+        shutil.copytree(_TRAINED[0], tmp_path / "run")
     return tmp_path / "run", make
 
 
