@@ -19,7 +19,6 @@ from hf_multitask import HardSharingModel, Task
 from hf_multitask.checkpointing import delete_old_checkpoints, incompleteness, last_complete_checkpoint
 from hf_multitask.models.manifest import MANIFEST_NAME, Recording, changed_files, write_manifest
 
-
 _TRAINED: list = []  # the run, which is trained once: a copy of its folder, and its weights
 
 

@@ -25,7 +25,6 @@ from hf_multitask.run_description import (
     hash_rows,
 )
 
-
 _TRAINED: list[Path] = []  # where a copy of the run is; it is trained once
 
 
