@@ -316,7 +316,13 @@ def main() -> None:
         "bit-identical, two processes": f"{sum(equal[2])} of {len(equal[2])}",
         "killed while a checkpoint was written": sum(bool(r["incomplete checkpoints left"]) for r in records),
         "runs": records,
-        "setting": {"steps": STEPS, "a checkpoint every": 2, "seed": arguments.seed, **describe()},
+        "setting": {
+            "steps": STEPS,
+            "a checkpoint every": 2,
+            "seed": arguments.seed,
+            **describe(),
+            "runs of earlier invocations": len(known),
+        },
     }
     write_result(__file__, result, arguments.write)
     if not all(equal[1] + equal[2]):
