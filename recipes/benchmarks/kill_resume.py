@@ -48,7 +48,7 @@ SCHEME_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "soft": ("soft", {}),
     "cross-stitch": ("soft", {"cross_stitch": True}),
     "conditioned": ("conditioned", {}),
-    "prefix": ("prefix", {"prefix_length": 3}),
+    "prefix": ("prefix", {"num_virtual_tokens": 3}),
     "adapter": ("adapter", {"rank": 4}),
     "shared adapter": ("adapter", {"rank": 4, "shared_rank": 2}),
     "mixture": ("mixture_of_experts", {"num_experts": 2}),
@@ -60,7 +60,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "unimax": {"task_sampling": "unimax"},
     "performance gap": {
         "task_sampling": "performance_gap",
-        "task_sampling_kwargs": {"scores": {"mood": 0.9, "score": 0.9}},
+        "task_sampling_kwargs": {"scores": {"mood": 0.9, "score": 0.9, "tags": 0.9}},
         **EVALUATED,
     },
     "single task batches": {"batch_composition": "single_task"},
@@ -91,10 +91,15 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def draw_case(draw: random.Random) -> tuple[str, tuple[str, ...]]:
-    """Return a scheme and its features, no two of which set the same argument."""
+def draw_case(draw: random.Random, only: str | None) -> tuple[str, tuple[str, ...]]:
+    """Return a scheme and its features, no two of which set the same argument; `only` is one that must be there."""
     scheme, chosen, taken = draw.choice([*SCHEME_OPTIONS]), [], set()
-    for feature in draw.sample([*FEATURES], len(FEATURES)):
+    features = draw.sample([*FEATURES], len(FEATURES))
+    if only in SCHEME_OPTIONS:
+        scheme = only
+    elif only is not None:
+        features = [only, *features]
+    for feature in features:
         if not taken & FEATURES[feature].keys() and not (feature == "workers" and "streams" in chosen):
             chosen.append(feature)
             taken |= FEATURES[feature].keys()
@@ -245,10 +250,10 @@ def prepare(case: tuple[str, tuple[str, ...]], folder: Path, processes: int) -> 
         (folder / "begun").unlink(missing_ok=True)
 
 
-def run(number: int, processes: int, draw: random.Random, home: Path) -> dict[str, Any]:
+def run(number: int, processes: int, draw: random.Random, home: Path, only: str | None) -> dict[str, Any]:
     """Kill and resume one run, and return what came out."""
     while True:
-        case = draw_case(draw)
+        case = draw_case(draw, only)
         whole = home / f"whole-{number}"
         prepare(case, whole, processes)
         begin = time.monotonic()
@@ -294,6 +299,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200, help="on one process")
     parser.add_argument("--pairs", type=int, default=30, help="on two processes")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and of the moments at which runs are killed")
+    parser.add_argument("--only", choices=[*SCHEME_OPTIONS, *FEATURES], help="a scheme or feature that all runs have")
     parser.add_argument("--known", type=Path, help="lines that an earlier invocation printed, which count, too")
     parser.add_argument("--write", action="store_true", help="write kill_resume.json")
     arguments = parser.parse_args()
@@ -308,7 +314,7 @@ def main() -> None:
     known = arguments.known.read_text().splitlines() if arguments.known else []
     records: list[dict[str, Any]] = [json.loads(line) for line in known]
     for number in range(arguments.runs + arguments.pairs):
-        records.append(run(number, 1 if number < arguments.runs else 2, draw, home))
+        records.append(run(number, 1 if number < arguments.runs else 2, draw, home, arguments.only))
         print(json.dumps(records[-1]), flush=True)
     equal = {n: [record["bit-identical"] for record in records if record["processes"] == n] for n in (1, 2)}
     result = {
@@ -325,6 +331,9 @@ def main() -> None:
         },
     }
     write_result(__file__, result, arguments.write)
+    missing = {*SCHEME_OPTIONS, *FEATURES} - {name for r in records for name in (r["scheme"], *r["features"])}
+    if missing and len(records) >= 100:
+        raise SystemExit(f"never run, perhaps always refused: {', '.join(sorted(missing))}")
     if not all(equal[1] + equal[2]):
         raise SystemExit(f"logs and folders are in {home}")
     shutil.rmtree(home)
