@@ -52,13 +52,16 @@ def test_new_tokens_under_a_frozen_backbone_are_refused(kind, resized, tmp_path)
     check_added_tokens(tokenizer, model)
 
 
-def test_tokens_that_the_backbone_knows_are_left_alone():
+def test_tokens_that_the_backbone_knows_are_left_alone(monkeypatch):
+    found: list[str] = []
+    monkeypatch.setattr(logging.getLogger("hf_multitask.data.preprocessing"), "warning", found.append)
     model = build("prefix", "nothing")
     check_added_tokens(extended(), model)
     resized = build("prefix", "the model")
     with torch.no_grad():  # somebody gave the rows values
         resized.get_input_embeddings().weight[90:] = resized.get_input_embeddings().weight[5:7]
     check_added_tokens(extended("zzzz", "yyyy"), resized)
+    assert not found
 
 
 def test_embeddings_that_a_user_froze_may_come_loose_later(monkeypatch):

@@ -178,3 +178,5 @@ def test_names_are_checked_before_there_are_datasets(case):
 @pytest.mark.parametrize("name", MIXING)
 def test_every_strategy_passes_its_own_check(name):
     check_mixing(name, NEEDED.get(name))
+    with pytest.raises(ValueError, match="no_such_argument"):
+        check_mixing(name, {**(NEEDED.get(name) or {}), "no_such_argument": 1})
